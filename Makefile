@@ -1,0 +1,25 @@
+# make check    code style and the fast tests: run it before every commit
+# make format   put the code into the project's style
+# make test     every test but the exhaustive ones; test-all: every test
+
+PYTHON := $(or $(FRUGAL_VENV),.venv)/bin/python
+
+.PHONY: check format test test-all setup
+
+check: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	bash scripts/run_tests.sh fast
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:
+	bash scripts/run_tests.sh
+
+test-all:
+	bash scripts/run_tests.sh all
+
+setup:
+	@bash scripts/setup.sh --dev

@@ -1,0 +1,1 @@
+"""What the entry scripts share: arguments, clock, schedules, data, models, checkpoints, reports."""

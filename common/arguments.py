@@ -1,0 +1,431 @@
+"""The flags of run_pretraining.py: Hugging Face's names first, ExtremeBERT's as aliases on the same field.
+
+Everything that can be judged from the flags alone is judged here, so that a bad command ends in one line before
+anything is loaded. The dataclasses are read-only after parsing.
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields
+
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+from common.errors import UserError
+from common.models.presets import MODEL_SIZES, model_shape
+from common.schedulers import CURVE_NAMES, check_curve
+
+DEFAULT_HOURS = 5 / 60  # a first run without any limit: long enough to learn something, short enough to watch
+
+# ExtremeBERT's launcher and loader owned these; each is answered with the YAML that does the job here.
+REPLACED_FLAGS = {
+    "--deepspeed": (0, "choose the strategy with accelerate launch --config_file accelerate_configs/<strategy>.yaml"),
+    "--local_rank": (
+        1,
+        "accelerate launch --config_file accelerate_configs/ddp.yaml numbers the processes",
+    ),
+    "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained: a preset, changed by free shape flags, or existing weights."""
+
+    model_type: str = HfArg(
+        default="bert",
+        help="bert or megatron-bert (= bert with --encoder_ln_mode pre-ln); bert-mlm, ExtremeBERT's name, means bert.",
+    )
+    model_size: str = HfArg(default="mini", help=f"Preset: {', '.join(MODEL_SIZES)}.")
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Continue from these weights (hub name or folder) instead of random ones."
+    )
+    encoder_ln_mode: str | None = HfArg(
+        default=None, help="post-ln (BERT, default) or pre-ln (trained and saved as transformers' megatron-bert)."
+    )
+    hidden_size: int | None = HfArg(default=None, help="Width, instead of the preset's.")
+    num_hidden_layers: int | None = HfArg(default=None, help="Layers, instead of the preset's.")
+    num_attention_heads: int | None = HfArg(default=None, help="Heads, instead of the preset's.")
+    intermediate_size: int | None = HfArg(default=None, help="Width of the feed-forward layer (4 x hidden_size).")
+    hidden_act: str = HfArg(default="gelu", help="Activation of the feed-forward layer.")
+    hidden_dropout_prob: float = HfArg(default=0.0, help="Dropout in pretraining; 0 = off.")
+    attention_probs_dropout_prob: float = HfArg(default=0.0, help="Dropout on attention in pretraining; 0 = off.")
+    max_position_embeddings: int | None = HfArg(
+        default=None, help="Longest sequence the model can read, in tokens (at least 512 unless given)."
+    )
+    vocab_size: int | None = HfArg(
+        default=None, help="Rows of the embedding (the tokenizer's size rounded up to a multiple of 64)."
+    )
+    initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
+    attn_implementation: str = HfArg(
+        default="auto", help="plain (two matmuls), sdpa, or auto: plain for bf16 on a CPU, sdpa elsewhere."
+    )
+
+    @property
+    def shape(self):
+        """Layers, width, heads and feed-forward width, by their names in a transformers configuration."""
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        return model_shape(self.model_size, **{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it becomes rows."""
+
+    dataset_name: str | None = HfArg(default=None, help="Dataset on the hub, or a local dataset folder.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    streaming: bool = HfArg(default=False, help="Read the hub dataset as a stream.")
+    train_file: str | None = HfArg(
+        default=None, help="Text: txt, json, jsonl (each also .gz .bz2 .xz .zst), parquet; a file, a folder or a glob."
+    )
+    validation_file: str | None = HfArg(default=None, help="Held-out text (else part of the training documents).")
+    dataset_path: str | None = HfArg(default=None, help="Prepared token files: a folder, or a prefix of .bin/.idx.")
+    text_column: str = HfArg(default="text", help="Column of the text in json, parquet and hub data.")
+    document_separator: str = HfArg(
+        default="line", help="What ends a document in txt files: line, blank_line, file, or a literal string."
+    )
+    max_bad_records: int = HfArg(default=0, help="Unreadable records to skip before giving up.")
+    validation_split_percentage: float = HfArg(default=5.0, help="Documents held out for validation, in percent.")
+    max_train_documents: int | None = HfArg(default=None, help="Use only the first N documents.")
+    max_eval_samples: int = HfArg(default=1024, help="Rows of held-out text in each validation.")
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Hub name, folder, tokenizer.json or WordPiece vocab.txt; without it one is trained."
+    )
+    tokenizer_train_vocab_size: int = HfArg(default=8192, help="Vocabulary of a tokenizer trained on the data.")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code from the hub to run.")
+    preprocessing_num_workers: int | None = HfArg(default=None, help="Tokenising processes (default: all cores).")
+    cache_dir: str | None = HfArg(
+        default=None,
+        help="Prepared data, trained tokenizers and downloads are kept here (runs/cache; downloads in the hub's own).",
+    )
+    overwrite_cache: bool = HfArg(default=False, help="Prepare the data again.")
+    max_seq_length: int = HfArg(default=128, help="Tokens in a row.")
+    packing: str = HfArg(
+        default="documents",
+        help="documents: documents share a row but do not see each other; concat: one stream cut into rows.",
+    )
+    mlm_probability: float = HfArg(default=0.15, help="Share of a row's positions that are predicted, in (0, 1).")
+
+
+@dataclass
+class TrainingArguments:
+    """Budget, batch, optimizer, schedule, validation, checkpoints, reports."""
+
+    output_dir: str | None = HfArg(default=None, help="Where the run is written (default: runs/<time>).")
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
+    check_arguments: bool = HfArg(default=False, help="Check the arguments, prepare the data, train nothing.")
+    seed: int = HfArg(default=42, help="Weights, order, masks and dropout all follow from it.")
+
+    # ---- budget: whichever limit is reached first ends the run
+    total_training_time: float | None = HfArg(
+        default=None,
+        help="Wall-clock budget in hours; a time schedule reaches its end at this time. 5 minutes if no limit is set.",
+    )
+    early_exit_time_marker: float | None = HfArg(
+        default=None, help="Stop after this many hours without shortening the schedule."
+    )
+    max_train_steps: int | None = HfArg(default=None, aliases=["--max_steps"], help="Optimizer steps.")
+    num_train_epochs: float | None = HfArg(default=None, aliases=["--num_epochs"], help="Passes over the rows.")
+    finetune_time_markers: str | None = HfArg(
+        default=None, help="Save a loadable checkpoint at these fractions of the budget, as in 0.25,0.5."
+    )
+
+    # ---- batch
+    train_batch_size: int = HfArg(default=64, help="Rows in the global batch of one optimizer step.")
+    per_device_train_batch_size: int = HfArg(
+        default=32, aliases=["--train_micro_batch_size_per_gpu"], help="Rows a device takes at once."
+    )
+    per_device_eval_batch_size: int = HfArg(
+        default=64, aliases=["--validation_micro_batch"], help="Rows a device takes at once in validation."
+    )
+    auto_find_batch_size: bool = HfArg(
+        default=False, help="Halve the rows per device until they fit; the global batch stays."
+    )
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
+
+    # ---- optimizer
+    optimizer_type: str = HfArg(default="adamw", help="A known name, or module:Class of any torch optimizer.")
+    optimizer_args: list[str] = field(
+        default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
+    )
+    learning_rate: float = HfArg(default=1e-3, aliases=["--lr"], help="Peak learning rate.")
+    weight_decay: float = HfArg(default=0.01, help="Not on biases and norms.")
+    adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
+    adam_beta2: float = HfArg(default=0.98, help="Decay of the second moment.")
+    adam_epsilon: float = HfArg(default=1e-6, aliases=["--adam_eps"], help="Added to the denominator.")
+    max_grad_norm: float = HfArg(default=1.0, aliases=["--gradient_clipping"], help="Clip the gradient; 0 = off.")
+
+    # ---- schedule
+    lr_schedule: str | None = HfArg(
+        default=None,
+        help="time or step: what the learning rate follows (time where there is a time budget); "
+        "constant_step = step with --num_warmup_steps.",
+    )
+    lr_scheduler_type: str = HfArg(
+        default="linear", aliases=["--curve"], help=f"Curve after the warm-up: {', '.join(CURVE_NAMES)}."
+    )
+    warmup_proportion: float = HfArg(default=0.06, help="Share of the budget for the linear warm-up.")
+    num_warmup_steps: int | None = HfArg(default=None, help="Warm-up in optimizer steps, instead of a proportion.")
+    min_lr_ratio: float = HfArg(default=0.0, help="Lowest learning rate as a share of the peak.")
+    lr_power: float | None = HfArg(default=None, help="Power of the polynomial curve (1).")
+    decay_proportion: float | None = HfArg(default=None, help="Share of the wsd curve that decays (0.2).")
+    exponential_end_ratio: float | None = HfArg(default=None, help="Where the exponential curve ends (0.01).")
+    esd_shrink: float | None = HfArg(default=None, help="Shrink of the elastic step decay (the root of 2).")
+    esd_cr_k: int | None = HfArg(default=None, help="Halvings before the elastic step decay begins to decay (6).")
+
+    # ---- validation
+    eval_steps: int | None = HfArg(default=None, help="Validate every N optimizer steps.")
+    do_validation: bool = HfArg(
+        default=False, help="Validate by ExtremeBERT's schedule in shards (the end of a run is always validated)."
+    )
+    shards_per_epoch: int = HfArg(default=256, help="Shards (ExtremeBERT's epochs) in one pass over the rows.")
+    validation_epochs: int = HfArg(default=10, help="Validate every N shards.")
+    validation_epochs_begin: int = HfArg(default=1, help="The same, in the first part of the budget.")
+    validation_epochs_end: int = HfArg(default=1, help="The same, in the last part of the budget.")
+    validation_begin_proportion: float = HfArg(default=0.1, help="Size of the first part, as a share of the budget.")
+    validation_end_proportion: float = HfArg(default=0.1, help="Size of the last part, as a share of the budget.")
+    use_early_stopping: bool = HfArg(default=False, help="Stop a run that is not learning.")
+    early_stop_time: float = HfArg(default=720.0, help="Minutes after which --early_stop_eval_loss must be reached.")
+    early_stop_eval_loss: float = HfArg(default=2.1, help="Validation loss to be below by then.")
+
+    # ---- checkpoints
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, aliases=["--load_training_checkpoint"], help="latest, or a checkpoint folder (step_N)."
+    )
+    checkpointing_steps: int | None = HfArg(default=None, help="Save every N optimizer steps.")
+    checkpointing_minutes: float | None = HfArg(default=None, help="Save every N minutes.")
+    num_epochs_between_checkpoints: int = HfArg(default=-1, help="Save every N shards; -1 = off.")
+    save_total_limit: int = HfArg(default=2, help="Checkpoints kept; the oldest goes first.")
+    replay_clock: str | None = HfArg(
+        default=None, help="Take the clock's readings from this file (a run's clock.f64): repeats a timed run exactly."
+    )
+
+    # ---- reports and precision
+    logging_steps: int = HfArg(default=10, aliases=["--print_steps"], help="Log every N optimizer steps.")
+    report_to: str = HfArg(default="none", help="none, tensorboard or wandb; nothing is sent anywhere unasked.")
+    project_name: str = HfArg(default="frugal", help="Project in the tracker.")
+    job_name: str | None = HfArg(default=None, help="Run in the tracker (default: the name of output_dir).")
+    bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
+    fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
+    fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
+
+    @property
+    def precision(self):
+        """What the flags ask for: "bf16", "fp16", "no" (fp32) or None (unsaid)."""
+        asked = [name for flag, name in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "no")) if getattr(self, flag)]
+        return asked[0] if asked else None
+
+    @property
+    def curve_options(self):
+        """Options of the learning-rate curve that were given, by name."""
+        names = ("lr_power", "decay_proportion", "exponential_end_ratio", "esd_shrink", "esd_cr_k")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def time_markers(self):
+        """--finetune_time_markers as a list of fractions in (0, 1)."""
+        return [float(part) for part in (self.finetune_time_markers or "").split(",") if part]
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_pretraining_arguments(argv=None):
+    """Parse and check the command line of run_pretraining.py.
+
+    Args:
+        argv: list of words without the program's name; None = sys.argv[1:].
+    Returns:
+        (ModelArguments, DataArguments, TrainingArguments, notes): notes are lines to print, one per flag that a YAML
+        replaces.
+    Raises:
+        UserError: unknown flags, values out of range, contradictions; the message names the flags.
+    """
+    argv, notes = _drop_replaced_flags(list(sys.argv[1:] if argv is None else argv))
+    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    _check_model(model, data)
+    _check_data(data)
+    _check_training(training)
+    return model, data, training, notes
+
+
+def frozen_flags():
+    """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
+    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
+    return sorted(option for action in parser._actions for option in action.option_strings)
+
+
+def _drop_replaced_flags(argv):
+    kept, notes = [], []
+    i = 0
+    while i < len(argv):
+        name, _, value = argv[i].partition("=")
+        i += 1
+        if name not in REPLACED_FLAGS:
+            kept.append(argv[i - 1])
+            continue
+        values, remedy = REPLACED_FLAGS[name]
+        if values and not value:
+            i += values
+        notes.append(f"note: {name} is ignored: {remedy}")
+    return kept, notes
+
+
+def _check_model(model, data):
+    if model.model_type == "bert-mlm":
+        model.model_type = "bert"
+    _one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
+    if model.encoder_ln_mode is None:
+        model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
+    _one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
+    if model.model_type == "megatron-bert" and model.encoder_ln_mode == "post-ln":
+        raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
+    _one_of("model_size", model.model_size, list(MODEL_SIZES))
+    _one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    for name in (*shape, "max_position_embeddings"):
+        if getattr(model, name) is not None:
+            _at_least(model, name, 1)
+            if model.model_name_or_path:
+                raise UserError(f"--{name} contradicts --model_name_or_path: the weights fix the shape; drop one")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        _between(model, name, 0, 1, upper_open=True)
+    width, heads = (model.shape[name] for name in ("hidden_size", "num_attention_heads"))
+    if width % heads:
+        raise UserError(f"--hidden_size {width} is not divisible by --num_attention_heads {heads}: change one of them")
+    if model.max_position_embeddings is not None and data.max_seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length {data.max_seq_length} is above --max_position_embeddings "
+            f"{model.max_position_embeddings}: shorten the rows or enlarge the model's positions"
+        )
+
+
+def _check_data(data):
+    sources = [name for name in ("dataset_name", "train_file", "dataset_path") if getattr(data, name)]
+    if len(sources) > 1:
+        raise UserError(f"--{sources[0]} contradicts --{sources[1]}: name one source of text")
+    if data.validation_file and not data.train_file:
+        raise UserError("--validation_file needs --train_file: name the training text too")
+    if data.dataset_config_name and not data.dataset_name:
+        raise UserError("--dataset_config_name needs --dataset_name: name the dataset too")
+    _one_of("packing", data.packing, ["documents", "concat"])
+    _between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    _between(data, "validation_split_percentage", 0, 100, lower_open=True, upper_open=True)
+    _at_least(data, "max_seq_length", 8)
+    for name in ("max_eval_samples", "max_train_documents", "preprocessing_num_workers"):
+        _at_least(data, name, 1)
+    _at_least(data, "max_bad_records", 0)
+    _at_least(data, "tokenizer_train_vocab_size", 128)
+
+
+def _check_training(args):
+    for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs", "checkpointing_minutes"):
+        _positive(args, name)
+    for name in ("max_train_steps", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        _at_least(args, name, 1)
+    for name in ("eval_steps", "checkpointing_steps", "save_total_limit", "logging_steps", "shards_per_epoch"):
+        _at_least(args, name, 1)
+    for name in ("validation_epochs", "validation_epochs_begin", "validation_epochs_end"):
+        _at_least(args, name, 1)
+    for name in ("warmup_proportion", "min_lr_ratio", "validation_begin_proportion", "validation_end_proportion"):
+        _between(args, name, 0, 1)
+    for name in ("max_grad_norm", "weight_decay"):
+        _at_least(args, name, 0)
+    _positive(args, "learning_rate")
+    _one_of("report_to", args.report_to, ["none", "tensorboard", "wandb"])
+    check_curve(args.lr_scheduler_type, args.curve_options)
+    if sum((args.bf16, args.fp16, args.fp32)) > 1:
+        raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise UserError("--overwrite_output_dir contradicts --resume_from_checkpoint: drop one of them")
+    if args.resume_from_checkpoint == "latest" and not args.output_dir:
+        raise UserError("--resume_from_checkpoint latest needs --output_dir: name the run to continue")
+    _check_limits(args)
+    try:
+        in_range = all(0 < marker < 1 for marker in args.time_markers)
+    except ValueError:
+        in_range = False
+    if not in_range:
+        raise UserError(f"--finetune_time_markers {args.finetune_time_markers}: give fractions like 0.25,0.5")
+
+
+def _check_limits(args):
+    """Settle what ends the run and what the learning rate follows."""
+    steps_limited = args.max_train_steps is not None or args.num_train_epochs is not None
+    if args.total_training_time is None and args.early_exit_time_marker is None and not steps_limited:
+        args.total_training_time = DEFAULT_HOURS
+    if args.total_training_time is None and not steps_limited:
+        args.total_training_time = args.early_exit_time_marker
+    if args.lr_schedule is None:
+        args.lr_schedule = "time" if args.total_training_time is not None else "step"
+    _one_of("lr_schedule", args.lr_schedule, ["time", "step", "constant_step"])
+    if args.lr_schedule == "constant_step":
+        if args.num_warmup_steps is None:
+            raise UserError("--lr_schedule constant_step needs --num_warmup_steps")
+        args.lr_schedule = "step"
+    if args.lr_schedule == "time" and args.total_training_time is None:
+        raise UserError("--lr_schedule time needs --total_training_time (hours), or use --lr_schedule step")
+    if args.lr_schedule == "step" and not steps_limited:
+        raise UserError("--lr_schedule step needs --max_train_steps or --num_train_epochs: where does it end?")
+    if args.num_warmup_steps is not None:
+        _at_least(args, "num_warmup_steps", 0)
+        if args.lr_schedule == "time":
+            raise UserError("--num_warmup_steps contradicts --lr_schedule time: use --warmup_proportion")
+    if args.finetune_time_markers and args.total_training_time is None:
+        raise UserError("--finetune_time_markers are fractions of --total_training_time: give it too")
+
+
+def resume_settings(model, data, training):
+    """The settings that a resumed run must share with the run it continues, as a flat dict of plain values.
+
+    Limits are not among them: a run may be continued with a longer budget. Nor are the batch per device and the
+    number of processes: they change the cut of the global batch, not the batch.
+    """
+    free = {
+        "output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps",
+        "num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size",
+        "auto_find_batch_size gradient_checkpointing eval_steps do_validation shards_per_epoch validation_epochs",
+        "validation_epochs_begin validation_epochs_end validation_begin_proportion validation_end_proportion",
+        "use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps",
+        "checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to",
+        "project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples",
+        "max_bad_records trust_remote_code streaming attn_implementation",
+        # what these stand for is compared by content: the prepared data and the tokenizer have fingerprints
+        "dataset_name dataset_config_name train_file validation_file dataset_path tokenizer_name",
+        "model_name_or_path text_column document_separator validation_split_percentage max_train_documents",
+        "tokenizer_train_vocab_size",
+    }
+    free = {name for line in free for name in line.split()}
+    groups = (model, data, training)
+    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in free}
+
+
+def _one_of(name, value, choices, note=""):
+    if value not in choices:
+        raise UserError(f"--{name} {value} is unknown: choose one of {', '.join(choices)}{note}")
+
+
+def _at_least(args, name, bound):
+    value = getattr(args, name)
+    if value is not None and not value >= bound:
+        raise UserError(f"--{name} {value} is too small: give at least {bound}")
+
+
+def _positive(args, name):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+        raise UserError(f"--{name} {value} must be above 0")
+
+
+def _between(args, name, low, high, lower_open=False, upper_open=False):
+    value = getattr(args, name)
+    inside = (low < value if lower_open else low <= value) and (value < high if upper_open else value <= high)
+    if not inside:
+        raise UserError(f"--{name} {value} is out of range: it must lie between {low} and {high}")

@@ -1,0 +1,158 @@
+"""Checkpoints of a run in training: whole or absent, verified before they are used, the oldest removed.
+
+A checkpoint is a folder `step_N` in the run's folder. It is written beside its place, flushed to disk and renamed, and
+its manifest lists every file with size and checksum; a folder without a fitting manifest is never chosen.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+from common.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_NAME = re.compile(r"step_(\d+)")
+_WRITING = ".writing"
+
+
+def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
+    """Write `step_N` and drop the oldest beyond `keep`. Every process calls it.
+
+    Args:
+        accelerator: for its main process and its barriers.
+        run_folder: Path, on a file system that all processes see.
+        step: int, completed optimizer steps.
+        write_files: function of a folder, called by every process: weights and optimizer state.
+        state: plain values, written as JSON: whatever else a resumed run must know.
+        keep: int, complete checkpoints to keep.
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    final = Path(run_folder) / f"step_{step}"
+    temporary = final.with_name(final.name + _WRITING)
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        write_files(temporary)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (temporary / STATE).write_text(json.dumps(state, indent=1))
+            _seal(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _flush(final.parent)
+            for old in complete_checkpoints(run_folder, verify=False)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:  # safetensors and torch.save have their own words for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError) and "error" not in type(error).__name__.lower():
+            raise
+        raise UserError(
+            f"cannot write checkpoint {final}: {str(error).splitlines()[0]}; earlier checkpoints are intact; free "
+            "space and continue with --resume_from_checkpoint latest"
+        ) from error
+    accelerator.wait_for_everyone()
+
+
+def complete_checkpoints(run_folder, verify=True):
+    """The checkpoints of a run, newest first.
+
+    Args:
+        run_folder: Path.
+        verify: compare every file with its checksum; otherwise the manifest's presence is enough.
+    """
+    found = {int(m[1]): p for p in Path(run_folder).glob("step_*") if (m := _NAME.fullmatch(p.name))}
+    paths = [found[step] for step in sorted(found, reverse=True)]
+    return [path for path in paths if (path / MANIFEST).exists() and not (verify and damage(path))]
+
+
+def latest_checkpoint(run_folder):
+    """The newest complete checkpoint, or None. Files are verified from the newest on, until one is whole."""
+    return next((path for path in complete_checkpoints(run_folder, verify=False) if not damage(path)), None)
+
+
+def damage(path):
+    """What is wrong with a checkpoint, in a few words; None when it is whole."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "it has no readable manifest"
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def resolve_checkpoint(asked, run_folder):
+    """The checkpoint that --resume_from_checkpoint means.
+
+    Args:
+        asked: "latest" or a path.
+        run_folder: Path of the run.
+    Returns:
+        Path, or None where "latest" finds none.
+    Raises:
+        UserError: a path that is not a complete checkpoint.
+    """
+    if asked == "latest":
+        return latest_checkpoint(run_folder)
+    path = Path(asked)
+    if not path.is_dir():
+        raise UserError(f"--resume_from_checkpoint {asked} does not exist: give a step_N folder, or latest")
+    if fault := damage(path):
+        raise UserError(f"--resume_from_checkpoint {asked} cannot be used: {fault}; give another, or latest")
+    return path
+
+
+def read_state(path):
+    """The values that save_checkpoint was given as `state`."""
+    return json.loads((path / STATE).read_text())
+
+
+def refuse_other_settings(path, settings):
+    """Raise UserError where a checkpoint belongs to a run with other settings.
+
+    Args:
+        path: the checkpoint; settings: dict of plain values, as the run's `state["settings"]` was saved.
+    """
+    before = read_state(path)["settings"]
+    different = [name for name in settings if before.get(name) != settings[name]]
+    if different:
+        pairs = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in different[:4])
+        raise UserError(f"{path} is of another configuration: {pairs}; use the same, or another --output_dir")
+
+
+def _seal(folder):
+    """Flush every file and list it in the manifest."""
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _flush(file)
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(path):
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value

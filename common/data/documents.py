@@ -1,0 +1,303 @@
+"""Text documents out of files: plain text, JSON, JSON lines and parquet, each text kind also compressed."""
+
+import bz2
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+
+SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearly every binary file does
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's \\ud800 without its other half, which no encoder takes
+JOINED_CHARACTERS = 1 << 20  # text collected before it is searched for a separator of the user's own
+
+
+class BadRecords:
+    """Counts the records that cannot be used; one more than `limit` ends the run.
+
+    Args:
+        limit: number of bad records that are skipped.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit = limit
+        self.count = 0
+
+    def add(self, where: str, what: str) -> None:
+        """Count one bad record.
+
+        Args:
+            where: file and line or record number.
+            what: what is wrong with it and, where there is one, the remedy.
+        Raises:
+            UserError: more than `limit` bad records were seen.
+        """
+        self.count += 1
+        if self.count > self.limit:
+            seen = f"; {self.count} bad records so far" if self.limit else ""
+            raise UserError(f"{where}: {what}{seen}; correct it, or skip up to N bad records with --max_bad_records N")
+
+
+def expand_files(pattern: str) -> list[Path]:
+    """List the files that a file name, a folder or a glob stands for.
+
+    Args:
+        pattern: a file, a folder (searched recursively, hidden files and folders skipped) or a glob with `**`.
+    Returns:
+        The files, sorted by path.
+    Raises:
+        UserError: nothing was found.
+    """
+    pattern = os.path.expanduser(pattern)
+    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    if not found:
+        raise UserError(f"{pattern}: no such file or folder, and no file matches it; check the path")
+    files = set()
+    for path in map(Path, found):
+        if path.is_dir():
+            files.update(_files_below(path))
+        elif path.is_file():
+            files.add(path)
+        else:
+            raise UserError(f"{path}: not a regular file; copy the data into one")
+    if not files:
+        raise UserError(f"{pattern}: the folder holds no files; check the path")
+    return sorted(files)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def read_documents(
+    files: Iterable[Path], text_column: str, document_separator: str, bad_records: BadRecords
+) -> Iterator[str]:
+    """Read documents one by one; the kind of a file is told by its name. Empty documents are left out.
+
+    Args:
+        files: text (any name not listed here), .json (an array, or JSON lines), .jsonl, each also with .gz, .bz2,
+            .xz or .zst behind it; or .parquet.
+        text_column: JSON key or parquet column that holds the text.
+        document_separator: what ends a document in plain text: "line", "blank_line", "file", or the literal string.
+        bad_records: counts what cannot be used.
+    Raises:
+        UserError: a missing, empty, binary or damaged file, or too many bad records.
+    """
+    if not document_separator:
+        raise UserError("--document_separator is empty; give line, blank_line, file or the text that ends a document")
+    for path in files:
+        with _reading(path):
+            if path.stat().st_size == 0:
+                raise UserError(f"{path}: the file is empty; remove it or give another")
+            name = path.name.lower().removesuffix(_compression(path))
+            if name.endswith(".parquet"):
+                documents = _parquet_documents(path, text_column, bad_records)
+            elif name.endswith((".json", ".jsonl")):
+                documents = _json_documents(path, text_column, bad_records)
+            else:
+                documents = _text_documents(_lines(path, bad_records), document_separator)
+            for document in documents:
+                document = document.strip()
+                if document:
+                    yield document
+
+
+@contextmanager
+def _reading(path: Path):
+    """Turn what a damaged file makes the readers raise into one line."""
+    import zstandard
+
+    try:
+        yield
+    except EOFError as error:
+        raise UserError(f"{path}: the compressed file is cut off; copy or download it again") from error
+    except (zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: not a valid {path.suffix} file ({error}); copy or download it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _compression(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return suffix if suffix in OPENERS else ""
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompress a .zst file of any number of frames. zstandard's own reader takes a cut-off frame for the end."""
+
+    def __init__(self, path: Path):
+        import zstandard
+
+        self.file = open(path, "rb")
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # 2 GB, zstd --long=31
+        self.frame = None  # a decompression that has begun and not ended
+        self.compressed = b""
+        self.ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready:
+            if not self.compressed:
+                self.compressed = self.file.read(1 << 17)
+            if not self.compressed:
+                if self.frame:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.ready = memoryview(self.frame.decompress(self.compressed))
+            self.compressed = b""
+            if self.frame.eof:
+                self.compressed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+OPENERS = {
+    "": lambda path: open(path, "rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _ZstdStream,
+}
+
+
+def _lines(path: Path, bad_records: BadRecords) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its line end); a line that is not UTF-8 is a bad record."""
+    with io.BufferedReader(OPENERS[_compression(path)](path), 1 << 20) as file:
+        head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
+        if not head:
+            raise UserError(f"{path}: the file is empty once decompressed; remove it or give another")
+        if b"\0" in head:
+            raise UserError(f"{path}: a binary file (or UTF-16), not UTF-8 text; convert it or leave it out")
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                bad_records.add(f"{path}:{number}", f"not valid UTF-8 (byte {line[error.start]:#04x})")
+                continue
+            yield number, text.rstrip("\r\n")
+
+
+def _text_documents(lines: Iterator[tuple[int, str]], separator: str) -> Iterator[str]:
+    texts = (text for _, text in lines)
+    if separator == "line":
+        yield from texts
+    elif separator == "file":
+        yield "\n".join(texts)
+    elif separator == "blank_line":
+        paragraph = []
+        for text in texts:
+            if text.strip():
+                paragraph.append(text)
+            else:
+                yield "\n".join(paragraph)
+                paragraph = []
+        yield "\n".join(paragraph)
+    else:
+        pending, size = [""], 0
+        for text in texts:
+            pending.append(text)
+            size += len(text)
+            if size > max(JOINED_CHARACTERS, len(pending[0])):  # a long rest is searched ever more rarely
+                *documents, rest = "\n".join(pending).split(separator)
+                yield from documents
+                pending, size = [rest], 0
+        yield from "\n".join(pending).split(separator)
+
+
+def _json_documents(path: Path, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    lines = _lines(path, bad_records)
+    first, head = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+    if head.lstrip().startswith("["):
+        above = "\n" * (first - 1)  # so that a fault is reported with its line in the file
+        whole = above + "\n".join([head, *(text for _, text in lines)])
+        yield from _json_array(path, whole, text_column, bad_records)
+        return
+    for number, text in itertools.chain([(first, head)], lines):
+        if not text.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            bad_records.add(where, f"malformed JSON ({error})")
+            continue
+        yield from _text_of(record, text_column, where, bad_records)
+
+
+def _json_array(path: Path, text: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: malformed JSON array ({error}); correct the file") from error
+    for number, record in enumerate(records, start=1):
+        yield from _text_of(record, text_column, f"{path}: record {number}", bad_records)
+
+
+def _text_of(record, text_column: str, where: str, bad_records: BadRecords) -> Iterator[str]:
+    """Yield the text of one record, or nothing where it is bad."""
+    if not isinstance(record, dict):
+        bad_records.add(where, f"a JSON object was expected, not {type(record).__name__}")
+    elif text_column not in record:
+        bad_records.add(where, missing_column(text_column, record))
+    else:
+        yield from checked_text(record[text_column], text_column, where, bad_records)
+
+
+def missing_column(text_column: str, columns: Iterable[str]) -> str:
+    """Say that the text column is absent, which columns there are, and the flag that chooses one."""
+    there = ", ".join(sorted(columns)) or "none"
+    return f'no column "{text_column}" (there are: {there}); choose one with --text_column'
+
+
+def checked_text(text, text_column: str, where: str, bad_records: BadRecords) -> Iterator[str]:
+    """Yield `text` if it is a string of valid Unicode; otherwise count a bad record."""
+    if not isinstance(text, str):
+        bad_records.add(where, f'"{text_column}" is not a string but {type(text).__name__}')
+    elif not text.isascii() and SURROGATE.search(text):
+        bad_records.add(where, f'"{text_column}" is not valid Unicode (half of a surrogate pair)')
+    else:
+        yield text
+
+
+def _parquet_documents(path: Path, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_column not in file.schema_arrow.names:
+                raise UserError(f"{path}: {missing_column(text_column, file.schema_arrow.names)}")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+                for value in batch.column(0):
+                    number += 1
+                    where = f"{path}: record {number}"
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError:
+                        bad_records.add(where, f'"{text_column}" is not valid UTF-8')
+                        continue
+                    yield from checked_text(text, text_column, where, bad_records)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a valid parquet file ({reason}); copy or download it again") from error

@@ -1,0 +1,261 @@
+"""Rows of fixed length from documents of any length. Which tokens make up row n is fixed once, here.
+
+T tokens in the file, n documents, R rows, G segments, B rows in a batch, S tokens in a row.
+
+A segment is a piece of one document between [CLS] and [SEP]; a row holds whole segments.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+SPECIALS = 2  # [CLS] and [SEP] around every segment
+BLOCK_SEGMENTS = 1 << 20  # packed together; bounds the memory of planning, whatever the corpus size
+PLAN_FORMAT = 1
+
+
+def histogram_pack(lengths, capacity):
+    """Best-fit-decreasing bin packing by length counts, so that its cost does not depend on the number of items.
+
+    Args:
+        lengths: [G] integers in [1, capacity].
+        capacity: int.
+    Returns:
+        (order, row_ends): order is [G] int64, item numbers row by row; row_ends is [R] int64, cumulative item counts.
+        Items of equal length are taken in their given order.
+    Source: the histogram idea of Krell et al. 2021 (arXiv:2107.02027), with best fit instead of shortest-pack-first.
+    """
+    lengths = np.asarray(lengths)
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    open_rows = [[] for _ in range(capacity + 1)]  # by free space: [(lengths in the row, number of such rows)]
+    for length in range(capacity, 0, -1):
+        left = int(counts[length])
+        for space in range(length, capacity):  # fullest row that still fits
+            shapes, open_rows[space] = open_rows[space], []
+            for shape, number in shapes:
+                left, placed = _place(shape, number, space, length, left)
+                for free, row in placed:
+                    open_rows[free].append(row)
+        _, placed = _place((), left, capacity, length, left)  # nothing open fits: rows of this length alone
+        for free, row in placed:
+            if row[0]:
+                open_rows[free].append(row)
+    by_length = np.argsort(lengths, kind="stable")
+    next_item = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    order, sizes = [], []
+    for shape, number in (row for rows in open_rows for row in rows):
+        items = np.empty((number, len(shape)), dtype=np.int64)
+        for column, length in enumerate(shape):
+            items[:, column] = by_length[next_item[length] : next_item[length] + number]
+            next_item[length] += number
+        order.append(items.ravel())
+        sizes.append(np.full(number, len(shape), dtype=np.int64))
+    return np.concatenate(order), np.cumsum(np.concatenate(sizes))
+
+
+def _place(shape, number, space, length, items):
+    """Put up to `items` items of one length into `number` equal rows, filling one row after another.
+
+    Args:
+        shape: lengths already in each of these rows; space: what is free in each.
+    Returns:
+        (items left over, [(free space, (shape, number))] of the resulting rows).
+    """
+    fits = space // length
+    full = min(number, items // fits)
+    rest = items - full * fits if full < number else 0
+    rest = min(rest, fits - 1)
+    untouched = number - full - (rest > 0)
+    rows = [(space - fits * length, (shape + (length,) * fits, full))] if full else []
+    if rest:
+        rows.append((space - rest * length, (shape + (length,) * rest, 1)))
+    if untouched:
+        rows.append((space, (shape, untouched)))
+    return items - full * fits - rest, rows
+
+
+class DocumentRows:
+    """Rows in which several documents lie side by side without seeing each other.
+
+    Args:
+        token_file: common.data.token_files.TokenFile, documents without special tokens.
+        tokenizer: for the ids of [CLS], [SEP] and [PAD].
+        seq_length: S.
+        cache_folder: where the plan is kept, memory-mapped, for the next run.
+    """
+
+    def __init__(self, token_file, tokenizer, seq_length, cache_folder):
+        self.tokens, self.seq_length = token_file.tokens, seq_length
+        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        folder = Path(cache_folder) / f"rows-{seq_length}-v{PLAN_FORMAT}"
+        if not (folder / "plan.json").exists():
+            _write_plan(token_file, seq_length, folder)
+        load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
+        self.row_ends, self.row_tokens = load("row_ends"), load("row_tokens")
+        self.starts, self.lengths = load("starts"), load("lengths")
+
+    def __len__(self):
+        return len(self.row_ends)
+
+    def text_tokens(self, rows):
+        """[B] int64: tokens of text in each row, special tokens and padding not counted."""
+        first, last = self._segment_range(rows)
+        return self.row_tokens[rows].astype(np.int64) - SPECIALS * (last - first)
+
+    def real_tokens(self, rows):
+        """[B] int64: tokens in each row, special tokens included, padding not."""
+        return self.row_tokens[rows].astype(np.int64)
+
+    def build(self, rows):
+        """The content of some rows.
+
+        Args:
+            rows: [B] int64 row numbers.
+        Returns:
+            dict of [B, S]: input_ids, position_ids, document_ids int64 (0 = padding), maskable bool.
+        """
+        first, last = self._segment_range(rows)
+        per_row = last - first
+        segment = _ranges(first, per_row)  # [g] segments of these rows, row by row
+        row = np.repeat(np.arange(len(rows)), per_row)
+        starts, lengths = self.starts[segment], self.lengths[segment].astype(np.int64)
+        full = lengths + SPECIALS
+        ends = np.cumsum(full)
+        before_row = np.concatenate([[0], ends[np.cumsum(per_row) - 1]])[:-1]  # tokens in earlier rows of the batch
+        offset = row * self.seq_length + (ends - full - before_row[row])  # where each segment begins, flat
+        within = _ranges(np.zeros_like(full), full)  # position inside the segment
+        place = np.repeat(offset, full) + within
+
+        shape = (len(rows), self.seq_length)
+        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
+        position_ids, document_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        maskable = np.zeros(shape, dtype=bool)
+        text = np.repeat(offset + 1, lengths) + _ranges(np.zeros_like(lengths), lengths)
+        input_ids.ravel()[text] = self.tokens[_ranges(starts, lengths)]
+        input_ids.ravel()[offset] = self.cls_id
+        input_ids.ravel()[offset + full - 1] = self.sep_id
+        position_ids.ravel()[place] = within
+        document_ids.ravel()[place] = np.repeat(segment - first[row] + 1, full)
+        maskable.ravel()[text] = True
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "document_ids": document_ids,
+            "maskable": maskable,
+        }
+
+    def _segment_range(self, rows):
+        rows = np.asarray(rows)
+        first = np.where(rows > 0, self.row_ends[rows - 1], 0)
+        return first, np.asarray(self.row_ends[rows])
+
+
+class ConcatenatedRows:
+    """Rows cut from one stream of [CLS] document [SEP] [CLS] document [SEP] …, as the masked-LM example does it.
+
+    The last row is padded instead of dropped. Arguments as DocumentRows, without a plan to keep.
+    """
+
+    def __init__(self, token_file, tokenizer, seq_length):
+        self.tokens, self.seq_length = token_file.tokens, seq_length
+        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        self.starts = np.asarray(token_file.starts)
+        self.lengths = np.asarray(token_file.lengths, dtype=np.int64)
+        self.stream_starts = np.concatenate([[0], np.cumsum(self.lengths + SPECIALS)])  # [n + 1]
+        self.text_before = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __len__(self):
+        return -(-int(self.stream_starts[-1]) // self.seq_length)
+
+    def real_tokens(self, rows):
+        """[B] int64: tokens in each row, padding not counted."""
+        return np.minimum(self.seq_length, self.stream_starts[-1] - np.asarray(rows) * self.seq_length)
+
+    def text_tokens(self, rows):
+        """[B] int64: tokens of text in each row."""
+        first = np.asarray(rows) * self.seq_length
+        return self._text_up_to(first + self.seq_length) - self._text_up_to(first)
+
+    def build(self, rows):
+        """As DocumentRows.build; positions run through the row and document_ids are 1 up to the padding."""
+        place = np.asarray(rows)[:, None] * self.seq_length + np.arange(self.seq_length)  # [B, S] in the stream
+        real = place < self.stream_starts[-1]
+        document, offset = self._locate(np.where(real, place, 0))
+        maskable = real & (offset > 0) & (offset <= self.lengths[document])
+        input_ids = np.where(offset == 0, self.cls_id, self.sep_id)
+        input_ids[maskable] = self.tokens[(self.starts[document] + offset - 1)[maskable]]
+        input_ids[~real] = self.pad_id
+        return {
+            "input_ids": input_ids,
+            "position_ids": np.tile(np.arange(self.seq_length), (len(rows), 1)),
+            "document_ids": real.astype(np.int64),
+            "maskable": maskable,
+        }
+
+    def _locate(self, place):
+        document = np.searchsorted(self.stream_starts, place, side="right") - 1
+        return document, place - self.stream_starts[document]
+
+    def _text_up_to(self, place):
+        place = np.minimum(place, self.stream_starts[-1] - 1)
+        document, offset = self._locate(place)
+        return self.text_before[document] + np.clip(offset - 1, 0, self.lengths[document])
+
+
+def build_rows(token_file, tokenizer, seq_length, packing, cache_folder):
+    """The rows of a token file.
+
+    Args:
+        packing: "documents" or "concat"; the rest as DocumentRows.
+    Raises:
+        UserError: less text than one row.
+    """
+    if int(token_file.lengths.sum(dtype=np.int64)) < seq_length - SPECIALS:
+        raise UserError(
+            f"the training text has {token_file.lengths.sum()} tokens, less than one row of --max_seq_length "
+            f"{seq_length}: give more text or shorter rows"
+        )
+    if packing == "concat":
+        return ConcatenatedRows(token_file, tokenizer, seq_length)
+    return DocumentRows(token_file, tokenizer, seq_length, cache_folder)
+
+
+def _ranges(starts, lengths):
+    """Concatenation of arange(start, start + length) for each pair, without a Python loop."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _write_plan(token_file, seq_length, folder):
+    """Cut documents into segments, pack them block by block, and leave the plan complete or not at all."""
+    room = seq_length - SPECIALS
+    temporary = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    parts = {"row_ends": [], "row_tokens": [], "starts": [], "lengths": []}
+    done = 0
+    documents = np.flatnonzero(np.asarray(token_file.lengths) > 0)
+    pieces = -(-token_file.lengths[documents].astype(np.int64) // room)
+    for chosen in np.split(documents, np.flatnonzero(np.diff(np.cumsum(pieces) // BLOCK_SEGMENTS)) + 1):
+        length = token_file.lengths[chosen].astype(np.int64)
+        number = -(-length // room)
+        offset = _ranges(np.zeros_like(number), number) * room
+        starts = np.repeat(token_file.starts[chosen], number) + offset
+        lengths = np.minimum(np.repeat(length, number) - offset, room)
+        order, row_ends = histogram_pack(lengths + SPECIALS, seq_length)
+        used = np.concatenate([[0], np.cumsum(lengths[order] + SPECIALS)])[np.concatenate([[0], row_ends])]
+        parts["starts"].append(starts[order])
+        parts["lengths"].append(lengths[order].astype(np.int32))
+        parts["row_ends"].append(row_ends + done)
+        parts["row_tokens"].append(np.diff(used).astype(np.int32))
+        done += len(order)
+    for name, blocks in parts.items():
+        np.save(temporary / f"{name}.npy", np.concatenate(blocks))
+    rows = sum(len(block) for block in parts["row_ends"])
+    (temporary / "plan.json").write_text(json.dumps({"rows": rows, "segments": done, "seq_length": seq_length}))
+    temporary.rename(folder)

@@ -1,0 +1,234 @@
+"""Token files: Megatron's memory-mapped .bin and .idx, with a .json beside them that says what they hold.
+
+    .bin    the token ids of all sequences, one after the other
+    .idx    b"MMIDIDX\0\0", uint64 version = 1, uint8 type code, uint64 n sequences, uint64 d + 1 document bounds,
+            int32 [n] lengths in tokens, int64 [n] positions in the .bin in bytes,
+            int64 [d + 1] document bounds (numbers of sequences; document i is bounds[i] up to bounds[i + 1])
+
+Source of the format: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+"""
+
+import copy
+import json
+import os
+import struct
+import zlib
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+VERSION = 1
+TYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+FORMAT = "frugal-tokens-1"  # of the .json
+CHUNK_BYTES = 1 << 22
+REMEDY = "prepare the data again (--overwrite_cache), or copy the file again"
+
+
+def token_dtype(vocab_size: int) -> type:
+    """Choose the smallest type that Megatron reads too: uint16 up to 65536 ids, int32 above."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def _paths(prefix: str | Path) -> dict[str, Path]:
+    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+
+
+class TokenFileWriter:
+    """Write documents of one sequence each to prefix.bin, .idx and .json; nothing stands under these names before
+    finish(). Used as a context manager, it removes what is unfinished.
+
+    Args:
+        prefix: path without the ending.
+        dtype: numpy integer type of the tokens.
+    """
+
+    def __init__(self, prefix: str | Path, dtype):
+        self.paths = _paths(prefix)
+        self.unfinished = {kind: Path(f"{path}.tmp") for kind, path in self.paths.items()}
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.lengths = array("i")
+        self.num_tokens = 0
+        self.checksum = 0
+        self.file = open(self.unfinished["bin"], "wb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        for path in self.unfinished.values():
+            path.unlink(missing_ok=True)
+
+    def append(self, tokens: np.ndarray, lengths) -> None:
+        """Append documents.
+
+        Args:
+            tokens: [sum of lengths] ids of all of them, one after the other.
+            lengths: [n] number of tokens of each.
+        """
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.lengths.extend(lengths)
+        self.num_tokens += len(tokens)
+
+    def finish(self, metadata: dict) -> dict:
+        """Put the three files in place, the .json last.
+
+        Args:
+            metadata: what the .json shall say beside the format, the counts and the checksums.
+        Returns:
+            All that the .json says.
+        """
+        _flush(self.file)
+        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
+        positions = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], dtype=np.int64, out=positions[1:])
+        code = next(code for code, dtype in TYPE_CODES.items() if dtype == self.dtype)
+        index = b"".join(
+            (
+                HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1),
+                lengths.astype("<i4").tobytes(),
+                (positions * self.dtype.itemsize).astype("<i8").tobytes(),
+                np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
+            )
+        )
+        metadata = {
+            "format": FORMAT,
+            "unit": "document",
+            **metadata,
+            "num_documents": len(lengths),
+            "num_tokens": self.num_tokens,
+            "dtype": self.dtype.name,
+            "checksums": {"bin": self.checksum, "idx": zlib.crc32(index)},
+        }
+        for kind, content in (("idx", index), ("json", json.dumps(metadata, indent=2).encode() + b"\n")):
+            with open(self.unfinished[kind], "wb") as file:
+                file.write(content)
+                _flush(file)
+        self.paths["json"].unlink(missing_ok=True)  # an older one must not vouch for the new .bin
+        for kind, path in self.paths.items():
+            self.unfinished[kind].replace(path)
+        return metadata
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+class TokenFile:
+    """A memory-mapped pair of .bin and .idx, Frugal's or Megatron's.
+
+    Args:
+        prefix: path without the ending.
+    Attributes:
+        tokens: memory map [T] of token ids.
+        starts: int64 [n] number of the first token of each sequence.
+        lengths: int32 [n] tokens of each sequence.
+        documents: int64 [d + 1] document i holds the sequences from documents[i] up to documents[i + 1].
+        metadata: what the .json says, None where there is none.
+    Raises:
+        UserError: a file is missing, cut off, or not of this format.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        self.paths = _paths(prefix)
+        for kind in ("bin", "idx"):
+            if not self.paths[kind].is_file():
+                raise UserError(f"{self.paths[kind]}: no such file; a token file is a pair of .bin and .idx")
+        self.metadata = self._read_metadata()
+        index = np.fromfile(self.paths["idx"], dtype=np.uint8)
+        dtype, num_sequences, num_bounds = self._read_header(index)
+        at = HEADER.size
+        # Copies, because the index is not aligned: its header has 34 bytes.
+        self.lengths = index[at : (at := at + 4 * num_sequences)].copy().view("<i4")
+        positions = index[at : (at := at + 8 * num_sequences)].copy().view("<i8")
+        self.documents = index[at:].copy().view("<i8")
+        self.starts = positions // dtype.itemsize
+        size = self.paths["bin"].stat().st_size
+        if size == 0 or num_sequences == 0:
+            raise UserError(f"{self.paths['bin']}: holds no tokens; {REMEDY}")
+        if (positions + self.lengths * np.int64(dtype.itemsize)).max() > size:
+            raise UserError(f"{self.paths['bin']}: shorter than its index says (cut off?); {REMEDY}")
+        bounds = self.documents
+        sound = num_bounds > 1 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
+        sound = sound and positions.min() >= 0 and (positions % dtype.itemsize == 0).all() and self.lengths.min() >= 0
+        if not sound:
+            raise UserError(f"{self.paths['idx']}: damaged (its positions make no sense); {REMEDY}")
+        self.tokens = np.memmap(self.paths["bin"], dtype=dtype, mode="r", shape=(size // dtype.itemsize,))
+
+    def _read_metadata(self) -> dict | None:
+        path = self.paths["json"]
+        if not path.exists():
+            return None
+        try:
+            metadata = json.loads(path.read_bytes())
+            known = metadata["format"] == FORMAT
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: does not describe a token file; {REMEDY}") from error
+        if not known:
+            raise UserError(f"{path}: format {metadata['format']!r}, this version reads {FORMAT!r}; prepare it again")
+        return metadata
+
+    def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
+        path = self.paths["idx"]
+        if len(index) < HEADER.size or index[: len(MAGIC)].tobytes() != MAGIC:
+            raise UserError(f"{path}: not a Megatron index (MMIDIDX); check the path, or prepare the data again")
+        _, version, code, num_sequences, num_bounds = HEADER.unpack(index[: HEADER.size].tobytes())
+        if version != VERSION or code not in TYPE_CODES:
+            raise UserError(f"{path}: version {version}, type code {code}: not integer tokens of version {VERSION}")
+        if len(index) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
+            raise UserError(f"{path}: its size does not fit its {num_sequences} sequences (cut off?); {REMEDY}")
+        return np.dtype(TYPE_CODES[code]).newbyteorder("<"), num_sequences, num_bounds
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents d."""
+        return len(self.documents) - 1
+
+    def checksums(self) -> dict[str, int]:
+        """Read both files whole and return the CRC-32 of each, by "bin" and "idx"."""
+        return {kind: _checksum(self.paths[kind]) for kind in ("bin", "idx")}
+
+    def verify(self) -> None:
+        """Compare both files with the checksums in the .json; without one there is nothing to compare with.
+
+        Raises:
+            UserError: a file is not the one that was written.
+        """
+        if self.metadata is None:
+            return
+        for kind, checksum in self.checksums().items():
+            if checksum != self.metadata["checksums"][kind]:
+                raise UserError(f"{self.paths[kind]}: damaged (its checksum differs from the .json's); {REMEDY}")
+
+    def subset(self, documents: np.ndarray) -> "TokenFile":
+        """Return a view of some documents, in their order in the file; the tokens are shared.
+
+        Args:
+            documents: numbers of the documents, each at most once.
+        """
+        chosen = np.zeros(self.num_documents, bool)
+        chosen[documents] = True
+        sequences = np.diff(self.documents)  # in each document
+        view = copy.copy(self)
+        kept = np.repeat(chosen, sequences)
+        view.starts, view.lengths = self.starts[kept], self.lengths[kept]
+        view.documents = np.concatenate([[0], np.cumsum(sequences[chosen])])
+        return view
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

@@ -1,0 +1,144 @@
+"""Masked-language models: stock transformers classes, with the head and the loss on the masked positions alone.
+
+B batch, S sequence, k masked positions in a row, H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
+from transformers.utils import ModelOutput
+
+from common.errors import UserError
+from common.models.attention import same_document_mask
+
+LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
+VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
+
+
+@dataclass
+class MaskedLMLoss(ModelOutput):
+    """loss: scalar, divided as the batch says; correct: [B, k] bool, only outside training."""
+
+    loss: torch.FloatTensor | None = None
+    losses: torch.FloatTensor | None = None
+    correct: torch.BoolTensor | None = None
+
+
+class MaskedPositionsMixin:
+    """Gives a stock masked-language model a forward pass that computes logits for the masked positions only."""
+
+    packs_documents = True  # rows hold several documents that must not see each other
+
+    def forward(
+        self, input_ids, position_ids, document_ids, masked_positions, masked_labels, masked_weights, loss_denominator
+    ):
+        """Loss of a micro-batch.
+
+        Args:
+            input_ids, position_ids, document_ids: [B, S] int64.
+            masked_positions, masked_labels: [B, k] int64: where, and what was there.
+            masked_weights: [B, k] float32: 1, or 0 for a position that only fills the shape.
+            loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
+                so that the mean over micro-batches is the loss of the global batch however it was cut.
+        Returns:
+            MaskedLMLoss; outside training also `losses` [B, k] float32 and `correct` [B, k] bool.
+        """
+        mask = same_document_mask(document_ids) if self.packs_documents else None
+        if mask is not None and self.config._attn_implementation == "eager":  # adds its mask instead of selecting
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask)[0]  # [B, S, H]
+        wanted = masked_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+        logits = self.cls(hidden.gather(1, wanted))  # [B, k, V]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), masked_labels.flatten(), reduction="none")
+        losses = losses.view_as(masked_weights)
+        loss = (losses * masked_weights).sum() / loss_denominator
+        if self.training:
+            return MaskedLMLoss(loss=loss)
+        return MaskedLMLoss(loss=loss, losses=losses, correct=logits.argmax(-1) == masked_labels)
+
+
+def _with_masked_positions(stock):
+    # The same class name, because save_pretrained writes it into config.json.
+    return type(stock.__name__, (MaskedPositionsMixin, stock), {"__module__": __name__})
+
+
+FAMILIES = {
+    "bert": (BertConfig, _with_masked_positions(BertForMaskedLM)),
+    "megatron-bert": (MegatronBertConfig, _with_masked_positions(MegatronBertForMaskedLM)),
+}
+
+
+def build_mlm_model(model_args, data_args, tokenizer, attention):
+    """Build the model of a run, with random weights or from existing ones.
+
+    Args:
+        model_args: common.arguments.ModelArguments.
+        tokenizer: its size is the least vocabulary; its special ids go into the configuration.
+        data_args: common.arguments.DataArguments, for the length of rows and how they are packed.
+        attention: "plain" or "sdpa"; families that transformers runs eagerly only stay eager.
+    Returns:
+        a stock transformers model whose forward is MaskedPositionsMixin's.
+    Raises:
+        UserError: a vocabulary or a sequence length that does not fit, weights that cannot be loaded.
+    """
+    max_seq_length = data_args.max_seq_length
+    if model_args.model_name_or_path:
+        model = _load(model_args.model_name_or_path, attention)
+        remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
+    else:
+        family = "megatron-bert" if model_args.encoder_ln_mode == "pre-ln" else "bert"
+        config_class, model_class = FAMILIES[family]
+        positions = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
+        vocab_size = model_args.vocab_size or -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        config = config_class(
+            vocab_size=vocab_size,
+            max_position_embeddings=positions,
+            hidden_act=model_args.hidden_act,
+            hidden_dropout_prob=model_args.hidden_dropout_prob,
+            attention_probs_dropout_prob=model_args.attention_probs_dropout_prob,
+            initializer_range=model_args.initializer_range,
+            pad_token_id=tokenizer.pad_token_id,
+            **model_args.shape,
+        )
+        config._attn_implementation = attention if model_class._supports_sdpa else "eager"
+        try:
+            model = model_class(config)
+        except KeyError as error:
+            raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
+        remedy = "give at least that many, or drop the flag"
+    if model.config.vocab_size < len(tokenizer):
+        raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {len(tokenizer)}: {remedy}")
+    if model.config.max_position_embeddings < max_seq_length:
+        raise UserError(
+            f"--max_seq_length {max_seq_length} is above the model's {model.config.max_position_embeddings} "
+            f"positions: {remedy}"
+        )
+    model.packs_documents = data_args.packing == "documents"
+    return model
+
+
+def _load(name_or_path, attention):
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: no model there ({str(error).splitlines()[0]}); give a folder that "
+            "save_pretrained wrote, or a hub name this machine can reach"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"--model_name_or_path {name_or_path} is a {config.model_type}: known are {', '.join(FAMILIES)}"
+        )
+    model_class = FAMILIES[config.model_type][1]
+    config._attn_implementation = attention if model_class._supports_sdpa else "eager"
+    model, info = model_class.from_pretrained(
+        name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise UserError(
+            f"--model_name_or_path {name_or_path} lacks {sorted(info['missing_keys'])[0]}: is it a masked-language "
+            "model of this family?"
+        )
+    return model

@@ -1,0 +1,162 @@
+"""Optimizers by name: one of the registry below, or any class as module:Class."""
+
+import ast
+import importlib
+import inspect
+import os
+import sys
+
+import torch
+
+from common.errors import UserError
+
+OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (params, lr, ...)
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+# Constructor arguments that have a flag of their own and therefore are not for --optimizer_args.
+FLAGS = {
+    "lr": "--learning_rate",
+    "weight_decay": "--weight_decay",
+    "betas": "--adam_beta1 and --adam_beta2",
+    "eps": "--adam_epsilon",
+}
+
+
+def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
+    """Make the optimizer that the arguments name, over the parameters of the model that are trained.
+
+    Of the four settings that have flags, each goes only to a class that takes it. Not taking adam_beta1/2 and
+    adam_epsilon is normal for what is not an Adam; not taking a weight decay that is set is an error.
+
+    Args:
+        model: the parameters may be on any device; they may still be moved before the first step.
+        args: optimizer_type, optimizer_args (list of "key=value"), learning_rate, weight_decay, adam_beta1,
+            adam_beta2, adam_epsilon.
+    Raises:
+        UserError: unknown name, a class that cannot be imported, or arguments that it does not take.
+    """
+    optimizer_class = find_optimizer_class(args.optimizer_type)
+    accepted = _accepted_arguments(optimizer_class)
+    betas = (args.adam_beta1, args.adam_beta2)
+    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas, "eps": args.adam_epsilon}
+    for name in ("lr", "weight_decay"):
+        if settings[name] and name not in accepted:
+            raise UserError(
+                f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} takes no argument {name}, so "
+                f"{FLAGS[name]} {settings[name]} would be ignored; "
+                + ("give --weight_decay 0" if name == "weight_decay" else "choose one that does")
+            )
+    arguments = {name: value for name, value in settings.items() if name in accepted}
+    if args.optimizer_type in OPTIMIZERS and "fused" in accepted and _can_be_fused(model):
+        arguments["fused"] = True
+    arguments |= parse_optimizer_args(args.optimizer_args, accepted, optimizer_class.__name__)
+    try:
+        return optimizer_class(parameter_groups(model, args.weight_decay), **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise UserError(
+            f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} does not take these arguments "
+            f"({given}): {_one_line(error)}; change the flag or --optimizer_args they come from"
+        ) from error
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Split the trained parameters into those with weight decay and those without: biases, and all that norms hold.
+
+    A norm is known by its class name and a bias by its own, not by having one dimension, because a parameter that is
+    already split over ranks may have any shape. A parameter that is used twice is listed once.
+
+    Args:
+        model: any module.
+        weight_decay: for the first group; the second gets 0.
+    Returns:
+        groups as torch.optim takes them, at most two, none of them empty.
+    """
+    decayed, others, seen = [], [], set()
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            (others if is_norm or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
+    """Look up a name in the registry, or import module:Class from the working directory or the Python path.
+
+    Raises:
+        UserError: no such name, module or class, or something that is not a torch optimizer.
+    """
+    if optimizer_type in OPTIMIZERS:
+        return OPTIMIZERS[optimizer_type]
+    flag = f"--optimizer_type {optimizer_type}"
+    module_name, colon, class_name = optimizer_type.partition(":")
+    if not (module_name and colon and class_name):
+        raise UserError(f"{flag}: no such optimizer; choose {', '.join(OPTIMIZERS)}, or give a class as module:Class")
+    if os.getcwd() not in sys.path:  # a script's own folder is there, the working directory is not
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's file, which may fail in any way
+        raise UserError(
+            f"{flag}: importing {module_name} from the working directory or PYTHONPATH failed: "
+            f"{type(error).__name__}: {_one_line(error)}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"{flag}: {module_name} has no class {class_name} derived from torch.optim.Optimizer")
+    return found
+
+
+def parse_optimizer_args(optimizer_args: list[str] | None, accepted: set[str], class_name: str) -> dict:
+    """Turn ["momentum=0.9", "nesterov=True"] into keyword arguments, and check their names.
+
+    Args:
+        optimizer_args: "key=value" each; a value that is not a Python literal is taken as a string.
+        accepted: the names that the constructor takes.
+        class_name: for the message.
+    Raises:
+        UserError: no "=", a name that the constructor does not take, or one that has a flag of its own.
+    """
+    parsed = {}
+    for item in optimizer_args or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--optimizer_args {item}: not of the form key=value")
+        if name in FLAGS:
+            raise UserError(f"--optimizer_args {item}: use {FLAGS[name]} instead")
+        if name not in accepted:
+            names = ", ".join(sorted(accepted - set(FLAGS))) or "nothing"
+            raise UserError(f"--optimizer_args {item}: {class_name} takes no argument {name}; it takes {names}")
+        try:
+            parsed[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[name] = value
+    return parsed
+
+
+def _accepted_arguments(optimizer_class: type) -> set[str]:
+    """Names of the constructor's keyword arguments; where it hands on **kwargs, those of its parent class too."""
+    names = set()
+    for base in optimizer_class.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {"self", "params", "defaults"}  # defaults: torch.optim.Optimizer's own second argument
+
+
+def _can_be_fused(model: torch.nn.Module) -> bool:
+    """Whether one kernel can update all parameters, which saves a pass over memory per operation."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

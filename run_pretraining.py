@@ -1,0 +1,243 @@
+"""Pretrain a BERT-family model on masked-language modelling under a wall-clock budget.
+
+    bash scripts/run_pretraining.sh                                  # 5 minutes on whatever is there
+    python run_pretraining.py --total_training_time 1 --train_file corpus.txt
+    accelerate launch --config_file accelerate_configs/ddp.yaml run_pretraining.py --max_train_steps 1000
+
+Every flag: python run_pretraining.py --help. Parallelism comes from the YAML alone.
+"""
+
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import transformers
+from accelerate.utils import set_seed
+
+from common import parallel, run_folder
+from common.arguments import parse_pretraining_arguments, resume_settings
+from common.batch_size import cut_global_batch, find_batch_size, is_out_of_memory, out_of_memory_remedy
+from common.checkpoint import read_state, refuse_other_settings, resolve_checkpoint, save_checkpoint
+from common.clock import BudgetClock
+from common.data.batches import EvalBatches, Masking, TrainBatches
+from common.data.packing import build_rows
+from common.data.prepare import prepare_corpus
+from common.errors import UserError, run_main
+from common.limits import Limits, due
+from common.mlm_report import report, unigram_baseline
+from common.models.attention import choose_attention
+from common.models.mlm import build_mlm_model
+from common.optimizers import build_optimizer
+from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
+from common.progress import Progress
+from common.report import MetricsLog
+from common.schedulers import LRScheduler, learning_rate_factor
+from common.stop import StopSignals
+from common.training import StepLog, TrainState, evaluate, save_pretrained
+from common.utilisation import Meter
+
+
+def main():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model_args, data_args, args, notes = parse_pretraining_arguments()
+    run_folder.check_run_folder(args)
+    if args.check_arguments:
+        prepare_corpus(data_args)
+        return 0
+    if run_folder.is_finished(args):
+        print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
+        return 0
+    stop = StopSignals()
+    stop.listen()
+    accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
+    say = partial(print, flush=True) if accelerator.is_main_process else lambda *_: None
+    in_force = parallel.describe(accelerator)
+    say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
+    set_seed(args.seed)
+    output_dir = Path(parallel.from_main(accelerator, args.output_dir or str(run_folder.new_run_name())))
+
+    # ---- Data, model, optimizer ------------------------------------------------------------------
+    with accelerator.main_process_first():
+        overwrite = data_args.overwrite_cache and accelerator.is_main_process  # once is enough
+        corpus = prepare_corpus(replace(data_args, overwrite_cache=overwrite), say)
+        rows, eval_rows = (
+            build_rows(part, corpus.tokenizer, data_args.max_seq_length, data_args.packing, corpus.folder / name)
+            for name, part in (("train", corpus.train), ("validation", corpus.validation))
+        )
+    rank, ranks = parallel.data_rank(accelerator)
+    masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
+    here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
+    eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
+    attention = choose_attention(model_args.attn_implementation, accelerator.device, accelerator.mixed_precision)
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer, attention)
+    config, parameters = model.config, model.num_parameters()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, args)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    agree_max = parallel.agree_max(accelerator)
+    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    stream = partial(TrainBatches, rows, masking, args.seed, **here)
+    if args.auto_find_batch_size:
+        try_batch = lambda size: next(iter(stream(batch_size=size, accumulation=1)))[0]  # noqa: E731
+        per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
+        per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
+    accelerator.gradient_accumulation_steps = accumulation
+    say(
+        f"model: {model_args.model_name_or_path or config.model_type}, {parameters:,} parameters; "
+        f"{len(rows):,} rows of {data_args.max_seq_length} tokens; global batch {args.train_batch_size} rows = "
+        f"{per_device} per device x {accumulation} accumulation x {ranks} process(es)"
+    )
+
+    # ---- Everything a resumed run must remember --------------------------------------------------
+    settings = resume_settings(model_args, data_args, args)
+    settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"]}
+    checkpoint = None
+    if args.resume_from_checkpoint:
+        found = resolve_checkpoint(args.resume_from_checkpoint, output_dir) if accelerator.is_main_process else None
+        checkpoint = parallel.from_main(accelerator, found)
+        if checkpoint is None:
+            say(f"{output_dir} has no complete checkpoint: starting from the beginning")
+        else:
+            refuse_other_settings(checkpoint, settings)
+    command = shlex.join(["python", *sys.argv])
+    if accelerator.is_main_process:
+        run_folder.prepare_run_folder(output_dir, args.overwrite_output_dir, fresh=checkpoint is None)
+        run_folder.write_arguments(output_dir, model_args, data_args, args, in_force | {"command": command})
+    accelerator.wait_for_everyone()
+    clock = BudgetClock(
+        args.total_training_time,
+        agree_max,
+        args.early_exit_time_marker,
+        accelerator.is_main_process,
+        output_dir / run_folder.READINGS,
+        args.replay_clock,
+    )
+    state = TrainState()
+    metrics_log = MetricsLog(output_dir / run_folder.METRICS, accelerator.is_main_process)
+    if checkpoint is not None:
+        load_training_state(accelerator, model, optimizer, checkpoint)
+        saved = read_state(checkpoint)
+        state = TrainState(**saved["train"])
+        clock.load_state_dict(saved["clock"])
+        metrics_log.truncate_after(state.completed_steps)
+        say(f"continuing from {checkpoint}: step {state.completed_steps:,}, {clock.used_hours:.3f} hours used")
+    limits = Limits(args, len(rows), clock, state)
+    shape = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
+    lr_scheduler = LRScheduler(
+        optimizer, partial(learning_rate_factor, warmup_proportion=limits.warmup_proportion, **shape)
+    )
+    batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=state.consumed_rows)
+    parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
+
+    # ---- What the loop does now and then ---------------------------------------------------------
+    step_log = StepLog(accelerator)
+    meter = Meter(config, batches, accelerator.device, in_force["precision"], ranks)
+    bar = Progress(accelerator.is_main_process, "pretraining")
+
+    def log_row(metrics):
+        where = {"step": state.completed_steps, "hours": clock.used_hours, "tokens": state.consumed_tokens}
+        metrics_log.write(where | metrics)
+        accelerator.log(metrics, step=state.completed_steps)
+
+    def validate():
+        with step_log.paused():
+            evaluation = evaluate(accelerator, model, eval_batches)
+        log_row(evaluation)
+        loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
+        bar.note(f"step {state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}")
+        return evaluation
+
+    def save_state():
+        with step_log.paused():
+            values = {"train": vars(state), "clock": clock.state_dict(), "settings": settings}
+            write = partial(save_training_state, accelerator, model, optimizer)
+            save_checkpoint(accelerator, output_dir, state.completed_steps, write, values, args.save_total_limit)
+        return state.completed_steps
+
+    # ---- Train until the budget is spent -----------------------------------------------------------
+    reason, evaluation, grad_norm, loss_now, speed = limits.reached, None, None, None, None
+    saved_at = state.completed_steps if checkpoint is not None else None
+    lr_scheduler.step(limits.schedule_progress)
+    clock.start()
+    for batch, number, tokens in batches if not reason else ():
+        with accelerator.accumulate(model):
+            parallel.seed_dropout(args.seed, state.completed_steps, number)
+            try:
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise UserError(out_of_memory_remedy(per_device)) from error
+                raise
+            if accelerator.sync_gradients and args.max_grad_norm > 0:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        step_log.add(loss)
+        if not accelerator.sync_gradients:
+            continue  # below: once per optimizer step
+
+        rows_before, hours_before, evaluation = state.consumed_rows, clock.used_hours, None
+        state.finish_step(args.train_batch_size, tokens)
+        step_log.finish_step(grad_norm, tokens)
+        clock.tick(stop.requested)
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step(limits.schedule_progress)  # of the next step
+        reason = "signal" if clock.stop else limits.reached
+
+        save = limits.checkpoint_due(rows_before, hours_before)
+        if due(state.completed_steps - 1, state.completed_steps, args.logging_steps) or save or reason:
+            metrics, interval = step_log.pop(state.completed_steps)  # the only wait for the device; raises on NaN
+            metrics |= meter.measure(**interval)
+            log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / len(rows)})
+            loss_now, speed = metrics["loss"], metrics["tokens_per_second"]
+        used_seconds = clock.used_hours * 3600
+        bar.update(limits.share, used_seconds, limits.remaining_seconds, state.completed_steps, loss_now, speed)
+        if limits.validation_due(rows_before) and not reason:
+            evaluation = validate()
+            if limits.is_hopeless(evaluation["eval_loss"]):
+                reason = "early stopping"
+        for marker in clock.passed(args.time_markers):
+            with step_log.paused():
+                save_pretrained(accelerator, model, corpus.tokenizer, output_dir / f"marker_{marker:g}")
+        if save and not reason:
+            saved_at = save_state()
+        if reason:
+            break
+    bar.close()
+
+    # ---- Save, judge, report -----------------------------------------------------------------------
+    if saved_at != state.completed_steps:
+        save_state()
+    if reason == "signal":
+        say(f"stopped at step {state.completed_steps:,}; --resume_from_checkpoint latest continues")
+        parallel.shut_down(accelerator)
+        return 128 + clock.stop
+    say(f"training ended ({reason}); validating on {len(eval_batches.chosen):,} held-out rows, then saving")
+    results = evaluation or validate()
+    save_pretrained(accelerator, model, corpus.tokenizer, output_dir)
+    parameter_bytes, optimizer_bytes = bytes_per_rank(model, optimizer)
+    results |= in_force | meter.totals()
+    results |= {
+        "train_loss": loss_now,
+        "train_steps": state.completed_steps,
+        "train_tokens": state.consumed_tokens,
+        "train_runtime": clock.used_hours * 3600,
+        "epoch": state.consumed_rows / len(rows),
+        "parameter_bytes_per_rank": parameter_bytes,
+        "optimizer_bytes_per_rank": optimizer_bytes,
+        "stop_reason": reason,
+    }
+    if accelerator.is_main_process:
+        results |= unigram_baseline(corpus.train.tokens, len(corpus.tokenizer), eval_batches)
+        report(output_dir, results, corpus, config, command, meter.peak)
+    parallel.shut_down(accelerator)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,153 @@
+"""A warm Python process that runs scripts in forks of itself, so that a test does not pay for their imports.
+
+harness.Harness starts it and talks to it: one JSON object a line on stdin, one answer a line on stdout, until the end
+of stdin, when every process that still runs is killed. The server starts no thread and computes nothing: a fork of a
+process whose OpenMP threads have started hangs at its first parallel operation.
+
+A fork ends as Python does, exit handlers included, but skips the last step, the destruction of every module: it costs
+ten times as much as all the rest. What may happen there is seen by harness.command.
+"""
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import types
+
+KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+
+exit_code = None  # of the script in this fork, once it has ended; None where Python is to end in its own way
+
+
+def import_libraries():
+    """Import what the entry scripts need; no pyarrow (so no datasets, pandas), which starts a thread."""
+    import accelerate  # noqa: F401
+    import accelerate.commands.launch  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch
+    import torch._dynamo  # the first optimizer step imports it
+    import transformers
+
+    for name in (
+        "AutoModelForMaskedLM",
+        "AutoTokenizer",
+        "BertForMaskedLM",
+        "BertTokenizerFast",
+        "FillMaskPipeline",
+        "HfArgumentParser",
+        "MegatronBertForMaskedLM",
+        "PreTrainedTokenizerFast",
+    ):
+        getattr(transformers, name)  # transformers imports its modules at their first use
+
+    threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
+    if threads != 1 or torch.cuda.is_initialized():
+        raise RuntimeError(f"the imports started {threads - 1} threads or CUDA: forks of this process would hang")
+
+
+def serve(requests, answers):
+    """Answer requests until they end.
+
+    Args:
+        requests: text file of {"argv", "env", "cwd", "stdout", "stderr"} (run it; the answer is its pid)
+            and {"poll": pid} (the answer is its exit code, negative for a signal, or null while it runs).
+        answers: text file for the answers.
+    Returns:
+        The request, in the forked process that is to run it; None in the server, at the end.
+    """
+    running = set()
+    for line in requests:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(pid)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                return request
+            os.setpgid(answer, answer)  # here too: the client may kill the group before the child has run
+            running.add(answer)
+        print(json.dumps(answer), file=answers, flush=True)
+    for pid in running:
+        os.killpg(pid, signal.SIGKILL)
+    return None
+
+
+def run_script(argv, env, cwd, stdout, stderr):
+    """Become `python script arguments...` with exactly this environment, folder and output files."""
+    import numpy
+    import torch
+
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
+    for descriptor, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, stdout, os.O_WRONLY | os.O_APPEND),
+        (2, stderr, os.O_WRONLY | os.O_APPEND),
+    ):
+        os.dup2(os.open(path, flags), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    if "PYTHONUNBUFFERED" in env:
+        sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(cwd)
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
+    numpy.random.seed()  # otherwise all forks would draw the same numbers, and hide a seed that is missing
+
+    sys.argv = argv
+    sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
+    sys.excepthook = print_exception
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main.__file__ = argv[0]
+    with open(argv[0], "rb") as script:
+        code = compile(script.read(), argv[0], "exec")
+    global exit_code
+    exit_code = 1  # for any exception but these
+    try:
+        exec(code, main.__dict__)
+        exit_code = 0
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            exit_code = end.code or 0
+        raise
+    except KeyboardInterrupt:
+        exit_code = None  # Python ends by sending itself the signal
+        raise
+
+
+def skip_destruction():
+    """Exit handler, registered first and so called last."""
+    if exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def print_exception(kind, error, traceback):
+    """Print a traceback as Python does, without the frames of this file."""
+    while traceback and traceback.tb_frame.f_code.co_filename == __file__:
+        traceback = traceback.tb_next
+    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
+
+
+if __name__ == "__main__":
+    atexit.register(skip_destruction)
+    answers = os.fdopen(os.dup(1), "w")  # os.dup makes it private to this process and its forks
+    os.dup2(2, 1)  # what an import prints goes to the log, not among the answers
+    import_libraries()
+    gc.collect()
+    gc.freeze()  # forks share these objects' memory as long as the collector does not write to them
+    sys.stdout.flush()
+    request = serve(sys.stdin, answers)
+    if request is None:
+        os._exit(0)
+    answers.close()
+    run_script(**request)  # its end, SystemExit or exception is this process's own

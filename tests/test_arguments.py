@@ -1,0 +1,149 @@
+"""The command line: ExtremeBERT's best recipe means what it says, contradictions are refused, the flags are frozen."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from common.arguments import frozen_flags, parse_pretraining_arguments
+from common.errors import UserError
+
+FLAGS = Path(__file__).parent / "frozen_flags.txt"
+
+# ExtremeBERT's README, "best configuration presented in our paper", without --fp16 (a CPU cannot) where it is run
+EXTREMEBERT = """
+  --model_type bert-mlm --tokenizer_name {tokenizer} --hidden_act gelu --hidden_size 1024 --num_hidden_layers 24
+  --num_attention_heads 16 --intermediate_size 4096 --hidden_dropout_prob 0.1 --attention_probs_dropout_prob 0.1
+  --encoder_ln_mode pre-ln --lr 1e-3 --train_batch_size 4096 --train_micro_batch_size_per_gpu 32 --lr_schedule time
+  --curve linear --warmup_proportion 0.06 --gradient_clipping 0.0 --optimizer_type adamw --weight_decay 0.01
+  --adam_beta1 0.9 --adam_beta2 0.98 --adam_eps 1e-6 --total_training_time 24.0 --early_exit_time_marker 24.0
+  --dataset_path {dataset} --output_dir {output} --print_steps 100 --num_epochs_between_checkpoints 10000
+  --job_name pretraining_experiment --project_name budget-bert-pretraining --validation_epochs 3
+  --validation_epochs_begin 1 --validation_epochs_end 1 --validation_begin_proportion 0.05
+  --validation_end_proportion 0.01 --validation_micro_batch 16 --deepspeed --data_loader_type dist --do_validation
+  --use_early_stopping --early_stop_time 180 --early_stop_eval_loss 6 --seed 42
+"""
+
+
+def parse(text):
+    return parse_pretraining_arguments(shlex.split(text))
+
+
+def test_extremeberts_best_recipe_means_what_it_says():
+    words = EXTREMEBERT.format(tokenizer="bert-large-uncased", dataset="data", output="/tmp/training-out") + " --fp16"
+    model, data, training, notes = parse(words)
+    assert model.model_type == "bert" and model.encoder_ln_mode == "pre-ln" and model.hidden_dropout_prob == 0.1
+    assert model.shape == {
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
+    assert data.dataset_path == "data" and data.tokenizer_name == "bert-large-uncased"
+    expected = {
+        "learning_rate": 1e-3,
+        "train_batch_size": 4096,
+        "per_device_train_batch_size": 32,
+        "lr_schedule": "time",
+        "lr_scheduler_type": "linear",
+        "warmup_proportion": 0.06,
+        "max_grad_norm": 0.0,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-6,
+        "total_training_time": 24.0,
+        "early_exit_time_marker": 24.0,
+        "logging_steps": 100,
+        "num_epochs_between_checkpoints": 10000,
+        "validation_epochs": 3,
+        "validation_begin_proportion": 0.05,
+        "validation_end_proportion": 0.01,
+        "per_device_eval_batch_size": 16,
+        "do_validation": True,
+        "use_early_stopping": True,
+        "early_stop_time": 180.0,
+        "early_stop_eval_loss": 6.0,
+        "precision": "fp16",
+        "job_name": "pretraining_experiment",
+    }
+    assert {name: getattr(training, name) for name in expected} == expected
+    assert [note.split()[1] for note in notes] == ["--deepspeed", "--data_loader_type"]
+    assert all(".yaml" in note for note in notes)
+
+
+@pytest.mark.parametrize("words", ["--local_rank 0", "--local_rank=0", "--deepspeed --local_rank -1"])
+def test_a_launchers_flags_are_noted_and_dropped(words):
+    *_, training, notes = parse(words + " --max_steps 7")
+    assert training.max_train_steps == 7 and len(notes) == len([w for w in words.split() if w.startswith("--")])
+
+
+def test_the_budget_settles_the_schedule():
+    assert parse("")[2].total_training_time == pytest.approx(5 / 60)
+    assert parse("")[2].lr_schedule == "time"
+    assert parse("--max_train_steps 5")[2].lr_schedule == "step"
+    assert parse("--num_train_epochs 2")[2].total_training_time is None
+    both = parse("--max_train_steps 5 --total_training_time 1")[2]
+    assert (both.lr_schedule, both.max_train_steps, both.total_training_time) == ("time", 5, 1.0)
+    assert parse("--early_exit_time_marker 2")[2].total_training_time == 2
+    assert parse("--lr_schedule constant_step --num_warmup_steps 3 --max_steps 9")[2].lr_schedule == "step"
+
+
+def test_model_type_and_layer_norm_mode_agree():
+    assert parse("--model_type megatron-bert")[0].encoder_ln_mode == "pre-ln"
+    assert parse("")[0].encoder_ln_mode == "post-ln"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--hidden_size 100 --num_attention_heads 3", ["--hidden_size 100", "--num_attention_heads 3"]),
+        ("--hiden_size 100", ["--hiden_size", "--hidden_size"]),
+        ("--max_seq_length 600 --max_position_embeddings 512", ["--max_seq_length 600", "--max_position_embeddings"]),
+        ("--model_size giant", ["--model_size giant", "mini"]),
+        ("--model_type gpt", ["--model_type gpt", "bert"]),
+        ("--model_type megatron-bert --encoder_ln_mode post-ln", ["megatron-bert", "--encoder_ln_mode"]),
+        ("--model_name_or_path x --hidden_size 64", ["--hidden_size", "--model_name_or_path"]),
+        ("--train_file a.txt --dataset_name b", ["--train_file", "--dataset_name"]),
+        ("--dataset_path a --train_file b", ["--dataset_path", "--train_file"]),
+        ("--validation_file a.txt", ["--validation_file", "--train_file"]),
+        ("--dataset_config_name a", ["--dataset_config_name", "--dataset_name"]),
+        ("--mlm_probability 0", ["--mlm_probability"]),
+        ("--mlm_probability 1", ["--mlm_probability"]),
+        ("--max_seq_length 3", ["--max_seq_length"]),
+        ("--train_batch_size 0", ["--train_batch_size 0"]),
+        ("--total_training_time 0", ["--total_training_time"]),
+        ("--total_training_time nan", ["--total_training_time"]),
+        ("--learning_rate -1", ["--learning_rate"]),
+        ("--learning_rate fast", ["--learning_rate", "fast"]),
+        ("--bf16 --fp32", ["--bf16", "--fp32"]),
+        ("--fp16 --bf16", ["--fp16", "--bf16"]),
+        ("--overwrite_output_dir --resume_from_checkpoint latest --output_dir x", ["--overwrite_output_dir"]),
+        ("--resume_from_checkpoint latest", ["--resume_from_checkpoint latest", "--output_dir"]),
+        ("--lr_schedule step", ["--lr_schedule step", "--max_train_steps"]),
+        ("--lr_schedule time --max_steps 5", ["--lr_schedule time", "--total_training_time"]),
+        ("--lr_schedule constant_step --max_steps 5", ["constant_step", "--num_warmup_steps"]),
+        ("--lr_schedule weekly", ["--lr_schedule weekly", "time"]),
+        ("--num_warmup_steps 5", ["--num_warmup_steps", "--warmup_proportion"]),
+        ("--curve zigzag", ["zigzag", "linear"]),
+        ("--lr_power 2", ["--lr_power", "linear"]),
+        ("--finetune_time_markers 0.5,x", ["--finetune_time_markers", "0.25,0.5"]),
+        ("--finetune_time_markers 1.5", ["--finetune_time_markers"]),
+        ("--finetune_time_markers 0.5 --max_steps 3", ["--finetune_time_markers", "--total_training_time"]),
+        ("--warmup_proportion 2", ["--warmup_proportion"]),
+        ("--report_to nowhere", ["--report_to", "tensorboard"]),
+        ("--hidden_dropout_prob 1", ["--hidden_dropout_prob"]),
+        ("--validation_split_percentage 0", ["--validation_split_percentage"]),
+        ("--packing boxes", ["--packing", "documents"]),
+        ("--max_bad_records -1", ["--max_bad_records"]),
+        ("--save_total_limit 0", ["--save_total_limit"]),
+        ("--logging_steps 0", ["--logging_steps"]),
+    ],
+)
+def test_contradictions_are_refused_by_name(words, named):
+    with pytest.raises(UserError) as refusal:
+        parse(words)
+    message = str(refusal.value)
+    assert "\n" not in message and all(name in message for name in named), message
+
+
+def test_flags_are_frozen():
+    assert frozen_flags() == FLAGS.read_text().split(), "a flag came or went: update tests/frozen_flags.txt and README"

@@ -1,0 +1,167 @@
+"""What a user can get wrong ends in one line that names it, exit code 2, and nothing half-written."""
+
+import gzip
+import json
+
+import pytest
+
+from common.checkpoint import latest_checkpoint
+from harness import REPOSITORY
+from pretraining import SMALL, results, small_run
+
+
+def refuse(harness, words, *named, code=2):
+    """Run, and check exit code and the one line."""
+    result = harness.run(*words)
+    lines = [line for line in result.stderr.splitlines() if line]
+    result.check(code)
+    assert lines and lines[-1].startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    assert all(str(name) in lines[-1] for name in named), lines[-1]
+    return result
+
+
+def train_on(path, cache, out, *flags):
+    base = small_run(path, cache, out, *flags, steps=2)
+    return base
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+LINE = "The quick brown fox jumps over the lazy dog and returns the number of times that it did so. "
+BAD_FILES = {
+    "missing": (None, "corpus.txt", ["corpus.txt"]),
+    "empty": (b"", "corpus.txt", ["corpus.txt", "empty"]),
+    "binary": (b"\x00\x01\x02" * 999, "corpus.txt", ["corpus.txt", "binary"]),
+    "undecodable": (LINE.encode() * 9 + b"\n\xff\xfe bad\n", "corpus.txt", ["corpus.txt:2", "--max_bad_records"]),
+    "truncated": (gzip.compress(LINE.encode() * 999)[:-99], "corpus.txt.gz", ["corpus.txt.gz"]),
+    "malformed": ('{"text": "fine"}\n{"text": \n', "corpus.jsonl", ["corpus.jsonl:2", "--max_bad_records"]),
+    "no column": ('{"body": "fine"}\n', "corpus.jsonl", ["--text_column", "body"]),
+    "too small": (f"{LINE}\nAnother one.\n", "corpus.txt", ["--max_seq_length 64"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(harness, tmp_path, out, case):
+    content, name, named = BAD_FILES[case]
+    path = tmp_path / name
+    if content is not None:
+        write(path, content)
+    refuse(harness, train_on(path, tmp_path / "cache", out), *named)
+    assert not out.exists()
+
+
+def test_bad_records_are_skipped_up_to_the_limit(harness, tiny_corpus, tmp_path, out):
+    good = [json.dumps({"text": line}) for line in tiny_corpus.read_text().splitlines()]
+    path = write(tmp_path / "corpus.jsonl", "\n".join([*good[:50], "{", *good[50:], "[]"]))
+    harness.run(*train_on(path, tmp_path / "cache", out, "--max_bad_records", 2)).check()
+    assert results(out)["train_steps"] == 2
+    refuse(harness, train_on(path, tmp_path / "cache", tmp_path / "b", "--max_bad_records", 1), "corpus.jsonl:")
+
+
+def test_arguments_in_a_process(harness, tiny_corpus, cache, out):
+    refuse(harness, train_on(tiny_corpus, cache, out, "--hidden_size", 33), "--hidden_size 33")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--no_such_flag"), "--no_such_flag")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--train_batch_size", 7, "--per_device", 2), "--per_device")
+    flags = ["--train_batch_size", 9, "--per_device_train_batch_size", 2]
+    refuse(harness, train_on(tiny_corpus, cache, out, *flags), "--train_batch_size 9")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--optimizer_type", "adamx"), "adamx", "adamw")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--optimizer_type", "nowhere:Adam"), "nowhere")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--hidden_act", "wavy"), "--hidden_act wavy")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--vocab_size", 100), "--vocab_size 100")
+    refuse(harness, train_on(tiny_corpus, cache, out, "--fp16"), "--fp32", "--fp16")
+    words = [word for word in train_on(tiny_corpus, cache, out, "--fp16") if word != "--fp32"]
+    refuse(harness, words, "fp16 needs a GPU")
+    assert not out.exists()
+
+
+def test_a_launchers_precision_is_not_contradicted(harness, tiny_corpus, cache, out):
+    words = train_on(tiny_corpus, cache, out)
+    results_of_ranks = harness.launch(*words, config="accelerate_configs/cpu.yaml", num_processes=2)
+    assert [result.returncode for result in results_of_ranks] == [2, 2]
+    assert "--fp32 contradicts the launcher's mixed_precision 'bf16'" in results_of_ranks[0].stderr
+    assert results_of_ranks[1].stderr.strip() == "", "one process says it"
+
+
+def test_weights_that_cannot_be_used(harness, tiny_corpus, cache, tmp_path, out):
+    base = [SMALL[i] for i in range(8, len(SMALL))]  # without the shape
+    words = ["run_pretraining.py", *base, "--train_file", tiny_corpus, "--cache_dir", cache, "--output_dir", out]
+    words += ["--tokenizer_train_vocab_size", 600, "--max_train_steps", 2]
+    refuse(harness, [*words, "--model_name_or_path", tmp_path], "--model_name_or_path")
+    donor = tmp_path / "donor"
+    harness.run(*small_run(tiny_corpus, cache, donor, "--max_position_embeddings", 64, steps=2)).check()
+    long = [*words, "--model_name_or_path", donor]
+    long[long.index("--max_seq_length") + 1] = 128
+    refuse(harness, long, "--max_seq_length 128", "64 positions")
+    bigger = [*words, "--model_name_or_path", donor]
+    bigger[bigger.index("--tokenizer_train_vocab_size") + 1] = 900
+    refuse(harness, bigger, "640", "900")
+
+
+def test_a_folder_with_another_run(harness, tiny_corpus, cache, out):
+    words = small_run(tiny_corpus, cache, out, steps=2)
+    harness.run(*words).check()
+    (out / "my_notes.txt").write_text("keep me")
+    kept = (out / "metrics.jsonl").read_text()
+    refuse(harness, words, out, "--overwrite_output_dir", "--resume_from_checkpoint")
+    assert (out / "metrics.jsonl").read_text() == kept
+    harness.run(*small_run(tiny_corpus, cache, out, "--overwrite_output_dir", steps=3)).check()
+    assert results(out)["train_steps"] == 3 and (out / "my_notes.txt").exists()
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_3"]
+
+
+def test_a_checkpoint_that_is_none(harness, tiny_corpus, cache, tmp_path, out):
+    nowhere = tmp_path / "nowhere"
+    refuse(harness, train_on(tiny_corpus, cache, out, "--resume_from_checkpoint", nowhere), nowhere, "does not exist")
+    (tmp_path / "step_3").mkdir()
+    words = train_on(tiny_corpus, cache, out, "--resume_from_checkpoint", tmp_path / "step_3")
+    refuse(harness, words, "step_3", "manifest")
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_damaged_token_file(harness, tiny_corpus, tmp_path, out):
+    cache = tmp_path / "cache"
+    harness.run(*train_on(tiny_corpus, cache, out)).check()
+    prepared = next(cache.glob("tiny-*"))
+    content = bytearray((prepared / "train.bin").read_bytes())
+    content[1000] ^= 1
+    (prepared / "train.bin").write_bytes(content)
+    words = ["run_pretraining.py", *SMALL, "--dataset_path", prepared, "--max_train_steps", 2]
+    refuse(harness, [*words, "--output_dir", tmp_path / "b", "--cache_dir", cache], "train.bin")
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(harness, tiny_corpus, cache, out):
+    flags = ["--learning_rate", 1e20, "--warmup_proportion", 0.5, "--max_grad_norm", 0, "--logging_steps", 4]
+    words = small_run(tiny_corpus, cache, out, *flags, "--checkpointing_steps", 1, steps=40)
+    result = refuse(harness, words, "at step", "--learning_rate", code=3)
+    assert latest_checkpoint(out) is not None
+    step = int(result.stderr.split("at step ")[1].split(":")[0])
+    assert int(latest_checkpoint(out).name.split("_")[1]) < step
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(harness, tiny_corpus, cache, tmp_path, out):
+    """The limit on a file's size stands in for the disk: it, too, makes a write fail half-way."""
+    words = small_run(tiny_corpus, cache, out, "--checkpointing_steps", 2, steps=4)
+    harness.run(*words).check()
+    before = latest_checkpoint(out)
+    limited = tmp_path / "limited.py"
+    script = str(REPOSITORY / "run_pretraining.py")
+    limited.write_text(
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    more = small_run(
+        tiny_corpus, cache, out, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest", steps=8
+    )
+    refuse(harness, [limited, *more[1:]], "cannot write", "step_6")
+    assert latest_checkpoint(out) == before and not list(out.glob("*.writing"))
+
+
+def test_check_arguments_prepares_and_stops(harness, tiny_corpus, tmp_path, out):
+    harness.run(*train_on(tiny_corpus, tmp_path / "cache", out, "--check_arguments")).check()
+    assert not out.exists() and next((tmp_path / "cache").glob("tiny-*/train.bin"))

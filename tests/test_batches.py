@@ -1,0 +1,176 @@
+"""Masks and order: exact counts, 80/10/10, functions of position alone, the same whatever the cut."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data.batches import EvalBatches, Masking, TrainBatches
+from common.data.masking import derive_key, mask_rows, permute
+from common.data.packing import ConcatenatedRows, DocumentRows
+from plain import TOKENIZER, token_file
+
+CPU = torch.device("cpu")
+
+
+def make_rows(tmp_path, documents=200, seq_length=32):
+    lengths = np.random.default_rng(0).integers(1, 90, documents)
+    file = token_file(lengths)
+    file.tokens = (file.tokens % 900 + 10).astype(np.uint16)
+    return DocumentRows(file, TOKENIZER, seq_length, tmp_path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(0, 20))
+def test_exactly_k_targets_and_the_rest_untouched(seed, k, text_tokens):
+    width = 24
+    original = np.random.default_rng(seed).integers(10, 1000, (3, width))
+    maskable = np.zeros((3, width), dtype=bool)
+    maskable[:, 2 : 2 + text_tokens] = True
+    ids = original.copy()
+    positions, labels, weights = mask_rows(ids, maskable, derive_key(seed, np.arange(3)), k, 1000, 4)
+    assert positions.shape == labels.shape == weights.shape == (3, k)
+    for row in range(3):
+        chosen = positions[row][weights[row] > 0]
+        assert len(chosen) == len(set(chosen.tolist())) == min(k, text_tokens)
+        assert maskable[row][chosen].all()
+        untouched = np.setdiff1d(np.arange(width), chosen)
+        assert (ids[row][untouched] == original[row][untouched]).all()
+        if len(chosen):
+            assert (labels[row] == original[row][positions[row]]).all()
+
+
+def test_a_repeated_position_keeps_one_treatment():
+    ids = np.full((1, 8), 50)
+    maskable = np.zeros((1, 8), dtype=bool)
+    maskable[0, 3] = True
+    positions, labels, weights = mask_rows(ids, maskable, derive_key(1, np.arange(1)), 4, 1000, 4)
+    assert positions.tolist() == [[3, 3, 3, 3]] and labels.tolist() == [[50] * 4] and weights.sum() == 1
+
+
+def test_80_10_10_and_uniform_choice():
+    rows, width, k, vocab = 4000, 64, 10, 1000
+    ids = np.full((rows, width), 77)
+    positions, _, _ = mask_rows(ids, np.ones((rows, width), bool), derive_key(3, np.arange(rows)), k, vocab, 4)
+    after = np.take_along_axis(ids, positions, axis=1)
+    number = rows * k
+    share = lambda hits: hits.sum() / number  # noqa: E731
+    bound = 4 * np.sqrt(0.16 / number)  # four standard deviations of the largest of the three
+    assert abs(share(after == 4) - 0.8 - 0.1 / vocab) < bound
+    assert abs(share(after == 77) - 0.1 - 0.1 / vocab) < bound
+    assert abs(share((after != 4) & (after != 77)) - 0.1) < bound
+    replaced = after[(after != 4) & (after != 77)]
+    assert (
+        replaced.min() < 20
+        and replaced.max() > 980
+        and abs(replaced.mean() - 499.5) < 4 * 289 / np.sqrt(len(replaced))
+    )
+    counts = np.bincount(positions.ravel(), minlength=width)
+    assert ((counts - number / width) ** 2 / (number / width)).sum() < 120  # chi-square, 63 degrees: p < 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5000), st.integers(0, 2**60))
+def test_a_permutation_visits_everything_once(size, key):
+    assert (np.sort(permute(np.arange(size), size, np.uint64(key))) == np.arange(size)).all()
+
+
+def test_permutations_differ_and_look_shuffled():
+    first = permute(np.arange(10_000), 10_000, derive_key(1, 0))
+    second = permute(np.arange(10_000), 10_000, derive_key(1, 1))
+    assert (first == second).mean() < 0.01
+    assert abs(np.corrcoef(np.arange(10_000), first)[0, 1]) < 0.05
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.05
+
+
+def take(batches, number):
+    """The first micro-batches, copied."""
+    stream = iter(batches)
+    return [next(stream) for _ in range(number)]
+
+
+def merge(*per_rank):
+    """Micro-batches of several processes, in the order of the global batch."""
+    return [item for step in zip(*per_rank, strict=True) for item in step]
+
+
+def assert_same(left, right):
+    for (a, number_a, tokens_a), (b, number_b, tokens_b) in zip(left, right, strict=True):
+        assert number_a == number_b and tokens_a == tokens_b
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_cut_does_not_change_the_micro_batches_and_a_resume_continues_them(tmp_path):
+    rows = make_rows(tmp_path)
+    masking = Masking(0.15, 910, 4)
+    one = take(TrainBatches(rows, masking, 7, 4, 4, 0, 1, CPU), 80)  # goes well into the second epoch
+    two = [take(TrainBatches(rows, masking, 7, 4, 2, rank, 2, CPU), 40) for rank in range(2)]
+    assert_same(one, merge(*two))
+    resumed = take(TrainBatches(rows, masking, 7, 4, 4, 0, 1, CPU, consumed_rows=16 * 3), 12)
+    assert_same(one[12:24], resumed)
+
+
+def test_smaller_micro_batches_hold_the_same_global_batch_and_loss_weight(tmp_path):
+    rows = make_rows(tmp_path)
+    masking = Masking(0.15, 910, 4)
+    large = take(TrainBatches(rows, masking, 7, 8, 1, 0, 1, CPU), 1)
+    small = take(TrainBatches(rows, masking, 7, 2, 4, 0, 1, CPU), 4)
+    for name in ("input_ids", "masked_positions", "masked_weights"):
+        assert torch.equal(large[0][0][name], torch.cat([batch[name] for batch, _, _ in small]))
+    weight = large[0][0]["masked_weights"].sum()
+    assert large[0][0]["loss_denominator"] == weight
+    assert all(torch.isclose(batch["loss_denominator"] * 4, weight) for batch, _, _ in small)
+    assert large[0][2] == (large[0][0]["document_ids"] > 0).sum()
+
+
+def test_an_epoch_uses_every_row_once_and_masks_change_between_epochs(tmp_path):
+    rows = make_rows(tmp_path)
+    stream = TrainBatches(rows, Masking(0.15, 910, 4), 7, 1, 1, 0, 1, CPU)
+    epoch, row = stream.locate(np.arange(2 * len(rows)))
+    assert (np.sort(row[: len(rows)]) == np.arange(len(rows))).all() and (epoch == np.repeat([0, 1], len(rows))).all()
+    batches = take(stream, 2 * len(rows))
+    first = {r: b for r, (b, _, _) in zip(row[: len(rows)], batches[: len(rows)], strict=True)}
+    second = {r: b for r, (b, _, _) in zip(row[len(rows) :], batches[len(rows) :], strict=True)}
+    same = np.mean([torch.equal(first[r]["masked_positions"], second[r]["masked_positions"]) for r in first])
+    assert same < 0.05
+
+
+def test_another_seed_gives_another_order(tmp_path):
+    rows = make_rows(tmp_path)
+    a, b = (take(TrainBatches(rows, Masking(0.15, 910, 4), seed, 4, 1, 0, 1, CPU), 1)[0][0] for seed in (1, 2))
+    assert not torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_validation_is_the_same_for_any_cut_rate_and_process_count(tmp_path):
+    rows = make_rows(tmp_path)
+
+    def targets(batch_size, ranks, rate):
+        parts = [EvalBatches(rows, Masking(rate, 910, 4), 50, batch_size, rank, ranks, CPU) for rank in range(ranks)]
+        merged = merge(*[list(part) for part in parts])
+        kept = [batch["masked_weights"].bool() for batch in merged]
+        return torch.cat([batch["masked_labels"][keep] for batch, keep in zip(merged, kept, strict=True)])
+
+    expected = targets(50, 1, 0.15)
+    assert len(expected) > 100
+    for batch_size, ranks, rate in ((7, 1, 0.15), (8, 3, 0.15), (16, 2, 0.4)):
+        assert torch.equal(targets(batch_size, ranks, rate), expected)
+
+
+def test_an_error_while_making_batches_reaches_the_loop(tmp_path):
+    rows = make_rows(tmp_path)
+    rows.tokens = SimpleNamespace()  # cannot be indexed
+    try:
+        next(iter(TrainBatches(rows, Masking(0.15, 910, 4), 7, 4, 1, 0, 1, CPU)))
+    except TypeError as error:
+        assert "subscriptable" in str(error)
+    else:
+        raise AssertionError("the error was lost")
+
+
+def test_concatenated_rows_make_the_same_kind_of_batch(tmp_path):
+    file = token_file(np.random.default_rng(0).integers(1, 90, 100))
+    rows = ConcatenatedRows(file, TOKENIZER, 32)
+    batch, _, tokens = take(TrainBatches(rows, Masking(0.15, 9000, 4), 7, 4, 1, 0, 1, CPU), 1)[0]
+    assert tokens == 4 * 32 and (batch["document_ids"] == 1).all() and batch["masked_weights"].min() == 1

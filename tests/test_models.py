@@ -1,0 +1,152 @@
+"""Our forward pass against stock transformers: same loss, same gradient, nothing seen across documents."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from common.arguments import DataArguments, ModelArguments
+from common.errors import UserError
+from common.models.attention import choose_attention
+from common.models.mlm import build_mlm_model
+
+VOCABULARY = 300
+B, S = 6, 24
+FAMILIES = ["post-ln", "pre-ln"]
+
+
+class Tokenizer:
+    pad_token_id = 0
+
+    def __len__(self):
+        return VOCABULARY
+
+
+def build(mode="post-ln", attention="sdpa", packing="documents", **changes):
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    model_args = ModelArguments(encoder_ln_mode=mode, **{**shape, **changes})
+    torch.manual_seed(0)
+    return build_mlm_model(model_args, DataArguments(max_seq_length=S, packing=packing), Tokenizer(), attention)
+
+
+def packed_batch():
+    """Rows of three documents and padding, with targets in all of them, one of weight 0."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = [(0, 9), (9, 14), (14, 21)]
+    ids = torch.randint(5, VOCABULARY, (B, S), generator=generator)
+    documents, positions = torch.zeros(B, S, dtype=torch.long), torch.zeros(B, S, dtype=torch.long)
+    for number, (start, end) in enumerate(bounds, 1):
+        documents[:, start:end], positions[:, start:end] = number, torch.arange(end - start)
+    ids[:, 21:] = 0
+    places = torch.tensor([[1, 7, 10, 15, 20]]).repeat(B, 1)
+    weights = torch.ones(B, 5)
+    weights[2, 4] = 0
+    labels = torch.randint(5, VOCABULARY, (B, 5), generator=generator)
+    batch = {"input_ids": ids, "position_ids": positions, "document_ids": documents, "masked_positions": places}
+    batch |= {"masked_labels": labels, "masked_weights": weights, "loss_denominator": weights.sum()}
+    return SimpleNamespace(batch=batch, bounds=bounds)
+
+
+def stock_loss(model, packed):
+    """Each document on its own through stock transformers, padded to the longest, mean over targets."""
+    longest = max(end - start for start, end in packed.bounds)
+    total = count = 0
+    batch = packed.batch
+    for start, end in packed.bounds:
+        ids, mask = torch.zeros(B, longest, dtype=torch.long), torch.zeros(B, longest, dtype=torch.long)
+        ids[:, : end - start], mask[:, : end - start] = batch["input_ids"][:, start:end], 1
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        for column, place in enumerate(batch["masked_positions"][0].tolist()):
+            if start <= place < end:
+                losses = torch.nn.functional.cross_entropy(
+                    logits[:, place - start], batch["masked_labels"][:, column], reduction="none"
+                )
+                total = total + (losses * batch["masked_weights"][:, column]).sum()
+                count = count + batch["masked_weights"][:, column].sum()
+    return total / count
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", FAMILIES)
+@pytest.mark.parametrize("attention", ["plain", "sdpa"])
+def test_loss_and_gradient_equal_stock_transformers(mode, attention, tmp_path):
+    ours = build(mode, attention).train()
+    ours.save_pretrained(tmp_path)
+    stock, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    packed = packed_batch()
+    loss = ours(**packed.batch).loss
+    expected = stock_loss(stock.train(), packed)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    mine, theirs = gradients(ours), gradients(stock)
+    assert mine.keys() == theirs.keys()
+    difference = sum(((mine[name] - theirs[name]) ** 2).sum() for name in mine).sqrt()
+    size = sum((theirs[name] ** 2).sum() for name in theirs).sqrt()
+    assert difference / size < 1e-5
+
+
+@pytest.mark.parametrize("mode", FAMILIES)
+def test_a_document_does_not_see_its_neighbours(mode):
+    model = build(mode).eval()
+    packed = packed_batch()
+    with torch.no_grad():
+        before = model(**packed.batch).losses
+        packed.batch["input_ids"][:, 9:14] = 7  # the middle document, and nothing else
+        after = model(**packed.batch).losses
+    in_middle = (packed.batch["masked_positions"] >= 9) & (packed.batch["masked_positions"] < 14)
+    assert torch.equal(before[~in_middle], after[~in_middle]) and (before[in_middle] != after[in_middle]).all()
+
+
+def test_concatenated_rows_see_everything():
+    model = build(packing="concat").eval()
+    packed = packed_batch()
+    with torch.no_grad():
+        before = model(**packed.batch).losses
+        packed.batch["input_ids"][:, 9:14] = 7
+        assert (model(**packed.batch).losses != before).all()
+
+
+def test_bf16_attention_is_no_further_from_fp32_than_stock_bf16():
+    packed = packed_batch()
+    exact = build(attention="sdpa").train()(**packed.batch).loss.item()
+    errors = {}
+    for attention in ("plain", "sdpa"):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors[attention] = abs(build(attention=attention).train()(**packed.batch).loss.item() - exact)
+    assert errors["plain"] < max(2 * errors["sdpa"], 1e-3) and max(errors.values()) < 0.02
+
+
+def test_accuracy_counts_what_is_right():
+    model = build().eval()
+    packed = packed_batch()
+    with torch.no_grad():
+        hidden = model.bert(
+            packed.batch["input_ids"],
+            position_ids=packed.batch["position_ids"],
+            attention_mask=(
+                packed.batch["document_ids"][:, None, :, None] == packed.batch["document_ids"][:, None, None]
+            ),
+        )[0]
+        best = model.cls(hidden).argmax(-1).gather(1, packed.batch["masked_positions"])
+        packed.batch["masked_labels"][:, :2] = best[:, :2]
+        correct = model(**packed.batch).correct
+    assert correct[:, :2].all() and torch.equal(correct, best == packed.batch["masked_labels"])
+
+
+def test_vocabulary_and_positions():
+    assert build().config.vocab_size == 320 and build(vocab_size=300).config.vocab_size == 300
+    assert build().config.max_position_embeddings == 512 and build(max_position_embeddings=24).config.vocab_size == 320
+    with pytest.raises(UserError, match="--vocab_size 299"):
+        build(vocab_size=299)
+
+
+def test_the_attention_path_follows_device_and_precision():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention("auto", cpu, "bf16") == "plain" and choose_attention("auto", cpu, "no") == "sdpa"
+    assert choose_attention("auto", cuda, "bf16") == "sdpa" and choose_attention("plain", cuda, "bf16") == "plain"

@@ -1,0 +1,235 @@
+"""Building an optimizer by name: parameter groups, AdamW against plain torch, a user's own class, and errors."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
+
+from common.errors import UserError
+from common.optimizers import build_optimizer, parameter_groups
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+MODELS = [(BertForMaskedLM, BertConfig), (MegatronBertForMaskedLM, MegatronBertConfig)]
+
+
+def arguments(**changes):
+    defaults = {
+        "optimizer_type": "adamw",
+        "optimizer_args": [],
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-6,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+
+
+def train(model, optimizer, steps=5):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        model(torch.randn(32, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("model_class, config_class", MODELS)
+def test_groups_hold_every_parameter_once_and_decay_only_matrices(model_class, config_class):
+    model = model_class(config_class(**SIZES))
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    decayed, others = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}  # tied ones under their first name
+    grouped = decayed["params"] + others["params"]
+    assert len(grouped) == len(set(grouped)) == len(names) and set(grouped) == set(names)
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in others["params"])
+    assert "cls.predictions.bias" in {names[parameter] for parameter in others["params"]}
+
+
+def test_frozen_parameters_are_left_out_and_no_group_is_empty():
+    model = small_model()
+    for parameter in (*model[1].parameters(), model[0].bias, model[2].bias):
+        parameter.requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    assert [len(group["params"]) for group in groups] == [2] and groups[0]["weight_decay"] == 0.1
+
+
+def test_adamw_equals_plain_torch_over_five_steps():
+    model, reference = small_model(), small_model()
+    optimizer = build_optimizer(model, arguments())
+    assert optimizer.defaults["fused"]
+    settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "fused": False, "foreach": False}
+    groups = [
+        {"params": [reference[0].weight, reference[2].weight], "weight_decay": 0.1},
+        {"params": [reference[0].bias, *reference[1].parameters(), reference[2].bias], "weight_decay": 0.0},
+    ]
+    expected = train(reference, torch.optim.AdamW(groups, **settings))
+    actual = train(model, optimizer)
+    for before, left, right in zip(small_model().parameters(), actual, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(before, left, atol=1e-3)  # it has moved at all
+
+
+@pytest.mark.parametrize("name, reference", [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_the_other_names_of_the_registry(name, reference):
+    optimizer = build_optimizer(small_model(), arguments(optimizer_type=name))
+    assert type(optimizer) is reference
+    assert optimizer.param_groups[0]["lr"] == 1e-2 and optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_state_survives_a_round_trip():
+    model = small_model()
+    optimizer = build_optimizer(model, arguments())
+    train(model, optimizer, steps=3)
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    resumed = build_optimizer(other, arguments())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file would: loading shares tensors
+    for left, right in zip(train(model, optimizer), train(other, resumed), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_optimizer_args_are_literals_or_strings():
+    optimizer = build_optimizer(
+        small_model(), arguments(optimizer_type="sgd", optimizer_args=["momentum=0.9", "nesterov=True", "fused=False"])
+    )
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["fused"]) == (0.9, True, False)
+
+
+def test_a_library_class_by_module_and_name():
+    optimizer = build_optimizer(
+        small_model(), arguments(optimizer_type="torch.optim:NAdam", optimizer_args=["momentum_decay=0.01"])
+    )
+    assert type(optimizer) is torch.optim.NAdam
+    assert optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["momentum_decay"] == 0.01
+
+
+OWN_OPTIMIZERS = """
+import torch
+
+class SignDescent(torch.optim.Optimizer):
+    def __init__(self, params, lr, weight_decay=0.0, scale=1.0, mode="plain"):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": scale, "mode": mode})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * group["scale"] * p.grad.sign())
+
+class Patient(torch.optim.AdamW):
+    def __init__(self, params, patience=3, **kwargs):
+        super().__init__(params, **kwargs)
+        self.patience = patience
+
+class Fixed(torch.optim.AdamW):
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, betas=(0.5, 0.5))
+
+class Bare(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+class Timeless(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+class NotAnOptimizer:
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A file of the user's in the working directory, under a name of its own for each test."""
+    name = f"own_optimizers_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(OWN_OPTIMIZERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_class_from_the_working_directory(own_module):
+    model, reference = small_model(), small_model()
+    optimizer = build_optimizer(
+        model, arguments(optimizer_type=f"{own_module}:SignDescent", optimizer_args=["scale=0.5", "mode=careful"])
+    )
+    assert optimizer.defaults["mode"] == "careful"
+
+    def step():  # the same rule written out: matrices decay, vectors do not
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(1 - 1e-2 * (0.1 if p.ndim == 2 else 0.0)).sub_(1e-2 * 0.5 * p.grad.sign())
+
+    expected = train(reference, SimpleNamespace(step=step, zero_grad=reference.zero_grad))
+    for left, right in zip(train(model, optimizer), expected, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_keyword_arguments_handed_on_to_a_parent_class_count(own_module):
+    args = arguments(optimizer_type=f"{own_module}:Patient", optimizer_args=["patience=7", "amsgrad=True"])
+    optimizer = build_optimizer(small_model(), args)
+    assert optimizer.patience == 7 and optimizer.defaults["amsgrad"]
+    assert optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["eps"] == 1e-6
+
+
+def test_a_class_gets_only_what_its_own_constructor_takes(own_module):
+    optimizer = build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:Fixed"))
+    assert optimizer.defaults["betas"] == (0.5, 0.5) and optimizer.defaults["lr"] == 1e-2
+
+
+def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
+    with pytest.raises(UserError, match="Bare takes no argument weight_decay, .*; give --weight_decay 0"):
+        build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:Bare"))
+    build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:Bare", weight_decay=0.0))
+    with pytest.raises(UserError, match="Timeless takes no argument lr, so --learning_rate 0.01 would be ignored"):
+        build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:Timeless", weight_decay=0.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_type": "adamz"}, "adamz: no such optimizer; choose adamw, adam, sgd, or .*module:Class"),
+        ({"optimizer_type": ":Class"}, "no such optimizer"),
+        ({"optimizer_type": "no_such_module:Class"}, "importing no_such_module .* failed: ModuleNotFoundError"),
+        ({"optimizer_type": "torch.optim:AdamZ"}, "torch.optim has no class AdamZ"),
+        ({"optimizer_type": "torch.optim:lr_scheduler"}, "has no class lr_scheduler derived from"),
+        ({"optimizer_args": ["momentum=0.9"]}, "AdamW takes no argument momentum; it takes amsgrad, "),
+        ({"optimizer_args": ["amsgrad"]}, "optimizer_args amsgrad: not of the form key=value"),
+        ({"optimizer_args": ["lr=1"]}, "optimizer_args lr=1: use --learning_rate instead"),
+        ({"optimizer_args": ["betas=(0.9, 0.9)"]}, "use --adam_beta1 and --adam_beta2 instead"),
+        ({"adam_beta1": 1.5}, r"AdamW does not take these arguments \(lr=0.01, .*betas=\(1.5, 0.98\)"),
+        ({"optimizer_type": "sgd", "optimizer_args": ["nesterov=True"]}, "nesterov=True.*requires a momentum"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_optimizer(small_model(), arguments(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_in_the_users_own_file_is_said(own_module, tmp_path):
+    (tmp_path / "broken_optimizer.py").write_text("def half(:\n")
+    with pytest.raises(UserError, match="importing broken_optimizer .* failed: SyntaxError: .*line 1"):
+        build_optimizer(small_model(), arguments(optimizer_type="broken_optimizer:Half"))
+    with pytest.raises(UserError, match="no class NotAnOptimizer derived from torch.optim.Optimizer"):
+        build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:NotAnOptimizer"))

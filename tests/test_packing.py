@@ -1,0 +1,90 @@
+"""Rows: every token once, never across documents, whatever the documents' lengths."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data.packing import ConcatenatedRows, DocumentRows, build_rows, histogram_pack
+from common.errors import UserError
+from plain import TOKENIZER, token_file
+
+
+def plain_concatenation(file, seq_length):
+    """The example's way: one list, cut into rows; the last row padded."""
+    stream = []
+    for start, length in zip(file.starts, file.lengths, strict=True):
+        stream += [2, *file.tokens[start : start + length].tolist(), 3]
+    stream += [0] * (-len(stream) % seq_length)
+    return np.array(stream).reshape(-1, seq_length)
+
+
+lengths_of_documents = st.lists(st.integers(1, 60), min_size=1, max_size=60).filter(lambda lengths: sum(lengths) >= 16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_of_documents, st.integers(8, 18))
+def test_every_token_is_used_once_and_documents_stay_apart(tmp_path_factory, lengths, seq_length):
+    file = token_file(lengths)
+    rows = DocumentRows(file, TOKENIZER, seq_length, tmp_path_factory.mktemp("plan"))
+    everything = np.arange(len(rows))
+    batch = rows.build(everything)
+    ids, documents, maskable = batch["input_ids"], batch["document_ids"], batch["maskable"]
+    assert sorted(ids[maskable].tolist()) == file.tokens.tolist()
+    assert (rows.text_tokens(everything) == maskable.sum(axis=1)).all()
+    assert (rows.real_tokens(everything) == (documents > 0).sum(axis=1)).all()
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for row in range(len(rows)):
+        for number in range(1, documents[row].max() + 1):
+            piece = ids[row][documents[row] == number]
+            text = piece[1:-1]
+            assert (piece[0], piece[-1]) == (2, 3)
+            assert (np.diff(text) == 1).all() and len(set(owner[text - 10])) == 1
+            assert (batch["position_ids"][row][documents[row] == number] == np.arange(len(piece))).all()
+        assert (ids[row][documents[row] == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_of_documents, st.integers(8, 18))
+def test_concatenated_rows_equal_the_plain_way(lengths, seq_length):
+    file = token_file(lengths)
+    rows = ConcatenatedRows(file, TOKENIZER, seq_length)
+    everything = np.arange(len(rows))
+    batch = rows.build(everything)
+    expected = plain_concatenation(file, seq_length)
+    assert (batch["input_ids"] == expected).all()
+    assert (batch["maskable"] == (expected >= 10)).all()
+    assert (rows.text_tokens(everything) == (expected >= 10).sum(axis=1)).all()
+    assert (rows.real_tokens(everything) == (expected > 0).sum(axis=1)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=300))
+def test_histogram_packing_is_valid_and_as_tight_as_plain_best_fit(lengths):
+    capacity = 24
+    order, row_ends = histogram_pack(lengths, capacity)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    rows = np.split(np.asarray(lengths)[order], row_ends[:-1])
+    assert all(1 <= row.sum() <= capacity for row in rows)
+    free = []  # plain best fit, longest first
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in free if space >= length]
+        if fitting:
+            free.remove(min(fitting))
+        free.append((min(fitting) if fitting else capacity) - length)
+    assert len(rows) <= len(free)
+
+
+def test_a_plan_is_reused(tmp_path):
+    file = token_file([30, 5, 5, 12])
+    first = DocumentRows(file, TOKENIZER, 16, tmp_path).build(np.arange(4))
+    plan = next(tmp_path.glob("rows-*")) / "plan.json"
+    written = plan.stat().st_mtime_ns
+    second = DocumentRows(file, TOKENIZER, 16, tmp_path).build(np.arange(4))
+    assert plan.stat().st_mtime_ns == written
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_less_than_one_row_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--max_seq_length 128"):
+        build_rows(token_file([20]), TOKENIZER, 128, "documents", tmp_path)

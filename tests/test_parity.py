@@ -1,0 +1,94 @@
+"""Two processes equal one: same losses, same weights, the strategy really in force, whatever is killed."""
+
+import signal
+
+import pytest
+
+from common.checkpoint import latest_checkpoint
+from pretraining import assert_same_run, fp32_copy, losses, results, small_run, training_rows, wait_for_step, weights
+
+CONFIGS = ["accelerate_configs/cpu.yaml", "accelerate_configs/ddp.yaml"]
+
+
+@pytest.fixture(scope="module")
+def single(harness, tiny_corpus, cache, tmp_path_factory):
+    """20 steps on one process: accumulation 4, clipping active."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    harness.run(*command(tiny_corpus, cache, out)).check()
+    assert min(row["grad_norm"] for row in training_rows(out)) > 0.2, "clipping was meant to be active"
+    return out
+
+
+def command(corpus, cache, out, *flags):
+    flags = ["--per_device_train_batch_size", 4, "--max_grad_norm", 0.2, "--learning_rate", 3e-3, *flags]
+    return small_run(corpus, cache, out, *flags, steps=20, batch=16)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, config):
+    out = tmp_path / "two"
+    ranks = harness.launch(*command(tiny_corpus, cache, out), config=fp32_copy(config, tmp_path))
+    for rank in ranks:
+        rank.check()
+    assert ranks[1].stdout == "" and "data parallel (DDP), 2 process(es), fp32" in ranks[0].stdout
+    assert results(out)["world_size"] == 2 and results(out)["strategy"] == "data parallel (DDP)"
+    assert losses(out) == pytest.approx(losses(single), abs=1e-5)
+    assert results(out)["eval_loss"] == pytest.approx(results(single)["eval_loss"], abs=1e-5)
+    assert results(out)["train_tokens"] == results(single)["train_tokens"]
+    mine, yours = weights(out), weights(single)
+    assert mine.keys() == yours.keys()
+    assert max(float((mine[name] - yours[name]).abs().max()) for name in mine) < 1e-4
+    assert results(out)["parameter_bytes_per_rank"] == results(single)["parameter_bytes_per_rank"]
+
+
+def test_dropout_follows_the_micro_batch_not_the_process(harness, tiny_corpus, cache, tmp_path):
+    flags = ["--hidden_dropout_prob", 0.1, "--attention_probs_dropout_prob", 0.1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    harness.run(*command(tiny_corpus, cache, one, *flags)).check()
+    for rank in harness.launch(*command(tiny_corpus, cache, two, *flags), config=fp32_copy(CONFIGS[1], tmp_path)):
+        rank.check()
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_rank_stops_all_and_the_run_continues_bit_for_bit(
+    harness, tiny_corpus, cache, tmp_path, victim
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    config = fp32_copy(CONFIGS[0], tmp_path)
+    flags = ["--hidden_dropout_prob", 0.1]
+    for rank in harness.launch(*command(tiny_corpus, cache, whole, *flags), config=config):
+        rank.check()
+    ranks = harness.start_ranks(*command(tiny_corpus, cache, stopped, *flags), config=config)
+    wait_for_step(ranks[0], stopped, 1)
+    ranks[victim].signal(signal.SIGTERM)
+    assert [rank.wait().returncode for rank in ranks] == [143, 143]
+    assert latest_checkpoint(stopped).name == f"step_{max(losses(stopped))}" and max(losses(stopped)) < 20
+    resumed = command(tiny_corpus, cache, stopped, *flags, "--resume_from_checkpoint", "latest")
+    for rank in harness.launch(*resumed, config=config):
+        rank.check()
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_continues_on_another_number_of_processes(harness, single, tiny_corpus, cache, tmp_path):
+    out = tmp_path / "mixed"
+    process = harness.start(*command(tiny_corpus, cache, out))
+    wait_for_step(process, out, 5)
+    process.signal(signal.SIGTERM)
+    assert process.wait().returncode == 143
+    resumed = command(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest")
+    for rank in harness.launch(*resumed, config=fp32_copy(CONFIGS[0], tmp_path)):
+        rank.check()
+    assert losses(out) == pytest.approx(losses(single), abs=1e-5)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(harness, tiny_corpus, cache, out):
+    """A YAML that a launcher turns into one process while the environment says two."""
+    env = {"WORLD_SIZE": "2", "RANK": "0"}  # without LOCAL_RANK accelerate makes each its own world
+    result = harness.run(*command(tiny_corpus, cache, out), env=env).check(2)
+    assert "started 2 processes but this one sees 1" in result.stderr and not out.exists()
+
+
+def test_an_unknown_role_is_refused(harness, tiny_corpus, cache, out):
+    result = harness.run(*command(tiny_corpus, cache, out), env={"ROLE_NAME": "pipline schedule=2bw"}).check(2)
+    assert "pipline" in result.stderr and "cpu" in result.stderr

@@ -1,0 +1,148 @@
+"""Stopped, killed, resumed: the continued run equals the uninterrupted one bit for bit."""
+
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from common.checkpoint import complete_checkpoints, latest_checkpoint
+from pretraining import assert_same_run, losses, results, small_run, training_rows, wait_for_step
+
+DROPOUT = ["--hidden_dropout_prob", 0.1, "--attention_probs_dropout_prob", 0.1]
+
+
+@pytest.fixture(scope="module")
+def whole(harness, tiny_corpus, cache, tmp_path_factory):
+    """An uninterrupted run: dropout, accumulation, more than one epoch, checkpoints."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    harness.run(*command(tiny_corpus, cache, out)).check()
+    assert results(out)["epoch"] > 1
+    return out
+
+
+def command(corpus, cache, out, *flags, steps=120):
+    flags = [*DROPOUT, "--per_device_train_batch_size", 4, "--checkpointing_steps", 7, *flags]
+    return small_run(corpus, cache, out, *flags, steps=steps)
+
+
+def kill_at_random(harness, words, seconds):
+    """Start a run and kill -9 it this long into its training; returns whether it was still running."""
+    process = harness.start(*words)
+    process.wait_for_output("model:")
+    wait_a_while(process, seconds)
+    alive = process.poll() is None
+    process.kill_group()
+    process.wait()
+    return alive
+
+
+def wait_a_while(process, seconds):
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def test_killed_at_random_moments_and_continued(harness, whole, tiny_corpus, cache, out, kills=20):
+    rng = random.Random()
+    words = command(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest")
+    killed = 0
+    for _ in range(4 * kills):
+        killed += kill_at_random(harness, words, rng.uniform(0, 0.6))
+        shown = [step for step in losses(out)] if (out / "metrics.jsonl").exists() else []
+        assert all(losses(out)[step] == losses(whole)[step] for step in shown)
+        if killed == kills or (out / "all_results.json").exists():
+            break
+    assert killed >= 3, "the run is too short for its test"
+    harness.run(*words).check()
+    assert_same_run(whole, out)
+
+
+def test_killed_while_saving_and_continued(harness, whole, tiny_corpus, cache, out):
+    """A checkpoint that was being written, or that was damaged afterwards, is passed over."""
+    words = command(tiny_corpus, cache, out)
+    process = harness.start(*words)
+    wait_for_step(process, out, 30)
+    process.kill_group()
+    process.wait()
+    newest, older = complete_checkpoints(out)
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-7])
+    shutil.copytree(older, out / "step_9999.writing")
+    assert latest_checkpoint(out) == older
+    result = harness.run(*words, "--resume_from_checkpoint", "latest").check()
+    assert f"continuing from {older}" in result.stdout
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits(harness, whole, tiny_corpus, cache, out, number, code):
+    process = harness.start(*command(tiny_corpus, cache, out))
+    wait_for_step(process, out, 20)
+    process.signal(number)
+    result = process.wait()
+    assert result.returncode == code and "Traceback" not in result.stderr
+    assert not (out / "all_results.json").exists()
+    stopped = latest_checkpoint(out)
+    assert int(stopped.name.split("_")[1]) == max(losses(out)) >= 20
+    harness.run(*command(tiny_corpus, cache, out), "--resume_from_checkpoint", stopped).check()
+    assert_same_run(whole, out)
+
+
+def test_a_second_signal_exits_at_once(harness, tiny_corpus, cache, out):
+    """The first is being obeyed, slowly; the second does not wait for it."""
+    slow = ["--train_batch_size", 4096, "--per_device_train_batch_size", 4096, "--max_train_documents", 400]
+    process = harness.start(*small_run(tiny_corpus, cache, out, steps=100), *slow)
+    process.wait_for_output("model:")
+    wait_a_while(process, 1)
+    process.signal(signal.SIGTERM)
+    wait_a_while(process, 2.5)
+    assert process.poll() is None, "the step was meant to be slow"
+    process.signal(signal.SIGTERM)
+    assert process.wait(timeout=60).returncode == 143
+    assert latest_checkpoint(out) is None
+
+
+def test_latest_without_a_checkpoint_starts_from_the_beginning(harness, tiny_corpus, cache, out):
+    words = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest", steps=3)
+    assert "starting from the beginning" in harness.run(*words).check().stdout
+    assert results(out)["train_steps"] == 3
+
+
+def test_a_timed_run_continues_bit_for_bit_with_the_clock_replayed(harness, tiny_corpus, cache, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = [*DROPOUT, "--total_training_time", 2.5 / 3600, "--checkpointing_steps", 5]
+    harness.run(*small_run(tiny_corpus, cache, whole, *flags)).check()
+    readings = np.fromfile(whole / "clock.f64")
+    words = small_run(tiny_corpus, cache, killed, *flags, "--replay_clock", whole / "clock.f64")
+    process = harness.start(*words)
+    wait_for_step(process, killed, 12)
+    process.kill_group()
+    process.wait()
+    harness.run(*words, "--resume_from_checkpoint", "latest").check()
+    assert_same_run(whole, killed)
+    assert (np.fromfile(killed / "clock.f64") == readings).all()
+
+
+def test_a_longer_budget_continues_a_finished_run(harness, tiny_corpus, cache, out):
+    constant = ["--curve", "constant", "--warmup_proportion", 0]
+    harness.run(*small_run(tiny_corpus, cache, out, *constant, steps=4)).check()
+    first = training_rows(out)
+    harness.run(*small_run(tiny_corpus, cache, out, *constant, "--resume_from_checkpoint", "latest", steps=7)).check()
+    assert training_rows(out)[:4] == first and max(losses(out)) == 7
+
+
+def test_other_settings_are_refused_by_name(harness, tiny_corpus, cache, out):
+    harness.run(*small_run(tiny_corpus, cache, out, "--checkpointing_steps", 2, steps=3)).check()
+    kept = (out / "metrics.jsonl").read_text()
+    for flags, named in (
+        (["--learning_rate", 5e-4], "learning_rate 0.001 (now 0.0005)"),
+        (["--seed", 3], "seed 42 (now 3)"),
+        (["--hidden_size", 64], "hidden_size 32 (now 64)"),
+        (["--tokenizer_train_vocab_size", 500], "corpus"),
+    ):
+        words = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest", *flags, steps=9)
+        result = harness.run(*words).check(2)
+        assert named in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert (out / "metrics.jsonl").read_text() == kept

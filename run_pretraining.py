@@ -26,7 +26,7 @@ from common.data.packing import build_rows
 from common.data.prepare import prepare_corpus
 from common.errors import UserError, run_main
 from common.limits import Limits, due
-from common.mlm_report import report, unigram_baseline
+from common.mlm_report import report
 from common.models.attention import choose_attention
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
@@ -36,6 +36,7 @@ from common.report import MetricsLog
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, save_pretrained
+from common.unigram import start_from_frequencies, unigram_baseline
 from common.utilisation import Meter
 
 
@@ -53,7 +54,7 @@ def main():
     stop = StopSignals()
     stop.listen()
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
-    say = partial(print, flush=True) if accelerator.is_main_process else lambda *_: None
+    say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
     set_seed(args.seed)
@@ -74,6 +75,8 @@ def main():
     attention = choose_attention(model_args.attn_implementation, accelerator.device, accelerator.mixed_precision)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer, attention)
     config, parameters = model.config, model.num_parameters()
+    if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
+        start_from_frequencies(model, corpus.train.tokens)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, args)
@@ -119,7 +122,7 @@ def main():
     state = TrainState()
     metrics_log = MetricsLog(output_dir / run_folder.METRICS, accelerator.is_main_process)
     if checkpoint is not None:
-        load_training_state(accelerator, model, optimizer, checkpoint)
+        load_training_state(model, optimizer, checkpoint)
         saved = read_state(checkpoint)
         state = TrainState(**saved["train"])
         clock.load_state_dict(saved["clock"])

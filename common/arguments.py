@@ -56,6 +56,10 @@ class ModelArguments:
         default=None, help="Rows of the embedding (the tokenizer's size rounded up to a multiple of 64)."
     )
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
+    init_output_bias: str = HfArg(
+        default="unigram",
+        help="unigram: an untrained model answers with the training text's token frequencies; or zeros, as in BERT.",
+    )
     attn_implementation: str = HfArg(
         default="auto", help="plain (two matmuls), sdpa, or auto: plain for bf16 on a CPU, sdpa elsewhere."
     )
@@ -130,7 +134,7 @@ class TrainingArguments:
     )
 
     # ---- batch
-    train_batch_size: int = HfArg(default=64, help="Rows in the global batch of one optimizer step.")
+    train_batch_size: int = HfArg(default=32, help="Rows in the global batch of one optimizer step.")
     per_device_train_batch_size: int = HfArg(
         default=32, aliases=["--train_micro_batch_size_per_gpu"], help="Rows a device takes at once."
     )
@@ -288,6 +292,7 @@ def _check_model(model, data):
     if model.model_type == "megatron-bert" and model.encoder_ln_mode == "post-ln":
         raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
     _one_of("model_size", model.model_size, list(MODEL_SIZES))
+    _one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
     _one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for name in (*shape, "max_position_embeddings"):

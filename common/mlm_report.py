@@ -1,4 +1,4 @@
-"""What a finished masked-language model is shown with: a baseline on the same tokens, answers on held-out text."""
+"""What a finished masked-language model leaves and shows: curves, model card, answers on held-out text, a summary."""
 
 import time
 
@@ -18,29 +18,8 @@ from common.report import (
 )
 from common.utilisation import FORMULA
 
-BASELINE_TOKENS = 50_000_000  # enough to know how often each token occurs
 EXAMPLE_TOKENS = 24  # length of a sentence that is shown
 LEAST_WORD = 4  # characters; shorter words are mostly easy
-
-
-def unigram_baseline(train_tokens, vocab_size, eval_batches):
-    """Loss and accuracy of always answering with the training text's token frequencies.
-
-    Args:
-        train_tokens: [T] integers, the training text (its beginning, where it is very long).
-        vocab_size: int; every token is counted once more than it occurs.
-        eval_batches: common.data.batches.EvalBatches; all of its batches are used, whatever the process.
-    Returns:
-        dict: unigram_loss in nats, unigram_accuracy.
-    """
-    counts = np.bincount(np.asarray(train_tokens[:BASELINE_TOKENS]), minlength=vocab_size) + 1.0
-    loss = -np.log(counts / counts.sum())
-    best = counts.argmax()
-    sums = np.zeros(3)
-    for batch in eval_batches.batches(range(eval_batches.number_of_batches)):
-        labels, weights = batch["masked_labels"], batch["masked_weights"]
-        sums += [(loss[labels] * weights).sum(), ((labels == best) * weights).sum(), weights.sum()]
-    return {"unigram_loss": sums[0] / sums[2], "unigram_accuracy": sums[1] / sums[2]}
 
 
 def fill_mask_examples(model, tokenizer, validation, number=3, answers=3):

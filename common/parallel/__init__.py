@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -42,18 +43,25 @@ def make_accelerator(precision=None, tracker="none"):
     # the strategy in silence; what it says is passed on as an argument instead.
     asked_cpu = os.environ.pop("ACCELERATE_USE_CPU", "false").lower() == "true"
     cpu = role[0] == "cpu" or asked_cpu or not torch.cuda.is_available()
+    # torch's newer name for this argument is not one of accelerate's yet
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # should something import DeepSpeed
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=_resolve_precision(precision, cpu),
-        log_with=None if tracker == "none" else tracker,
-        project_dir=".",  # start_tracker gives the real one, which takes the processes to agree on
-        step_scheduler_with_optimizer=False,  # the schedule follows the budget, not the number of processes
-        # an endless stream has no end of an epoch at which a half-full accumulation would have to be flushed
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_resolve_precision(precision, cpu),
+            log_with=None if tracker == "none" else tracker,
+            project_dir=".",  # start_tracker gives the real one, which takes the processes to agree on
+            step_scheduler_with_optimizer=False,  # the schedule follows the budget, not the number of processes
+            # an endless stream has no end of an epoch at which a half-full accumulation would have to be flushed
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"accelerate cannot start {world} process(es): {error}; launch with accelerate launch"
+        ) from error
     if accelerator.num_processes != world:
         raise UserError(
             f"the launcher started {world} processes but this one sees {accelerator.num_processes}: "

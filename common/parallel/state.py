@@ -31,9 +31,9 @@ def save_training_state(accelerator, model, optimizer, folder):
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
-def load_training_state(accelerator, model, optimizer, folder):
+def load_training_state(model, optimizer, folder):
     """Read back what save_training_state wrote, into the same objects. Nothing but tensors is unpickled."""
-    load_model(plain_model(model), folder / WEIGHTS, device=str(accelerator.device))
+    load_model(plain_model(model), folder / WEIGHTS)
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 

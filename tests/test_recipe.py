@@ -1,0 +1,100 @@
+"""The loss falls as the plain recipe's does: stock BertForMaskedLM, stock collator, rows cut from one stream."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+)
+
+from common.data.token_files import TokenFile
+from pretraining import MODEL, SCRIPT, training_rows
+
+S, BATCH, RATE = 64, 8, 3e-3
+BOUND = 0.02
+
+
+def plain_rows(token_file, tokenizer):
+    """The example's group_texts over whole documents with special tokens; the tail is dropped."""
+    stream = []
+    for start, length in zip(token_file.starts, token_file.lengths, strict=True):
+        text = token_file.tokens[start : start + length].tolist()
+        stream += [tokenizer.cls_token_id, *text, tokenizer.sep_token_id]
+    return [{"input_ids": stream[i : i + S]} for i in range(0, len(stream) - S + 1, S)]
+
+
+def plain_training(rows, tokenizer, vocab_size, steps, seed=0):
+    """The example's loop: full-vocabulary logits, random masks, fp32, clipping at 1, linear warm-up and decay."""
+    torch.manual_seed(seed)
+    shape = dict(zip([str(word)[2:] for word in MODEL[::2]], MODEL[1::2], strict=True))
+    config = BertConfig(
+        vocab_size=vocab_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0, **shape
+    )
+    model = BertForMaskedLM(config).train()
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6)
+    warmup = 0.06 * steps
+    order = random.Random(seed).sample(range(len(rows)), len(rows)) * (steps * BATCH // len(rows) + 1)
+    losses = []
+    for step in range(steps):
+        factor = step / warmup if step < warmup else (steps - step) / (steps - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * factor
+        batch = collate([rows[i] for i in order[step * BATCH : (step + 1) * BATCH]])
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def stock_loss(model, rows, tokenizer):
+    """Loss on one fixed set of masked batches."""
+    torch.manual_seed(1234)
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)(rows[:160])
+    with torch.no_grad():
+        return model.eval()(**batch).loss.item()
+
+
+def compare(harness, cache, out, steps, *data_flags):
+    flags = [*MODEL, *data_flags, "--cache_dir", cache, "--output_dir", out, "--max_seq_length", S, "--fp32"]
+    flags += ["--train_batch_size", BATCH, "--max_train_steps", steps, "--learning_rate", RATE]
+    flags += ["--packing", "concat", "--init_output_bias", "zeros", "--logging_steps", 1, "--max_eval_samples", 32]
+    harness.run(SCRIPT, *flags).check()
+    ours, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    prepared = next(path.parent for path in cache.glob("*/train.bin"))
+    train, held_out = (plain_rows(TokenFile(prepared / part), tokenizer) for part in ("train", "validation"))
+    plain, losses = plain_training(train, tokenizer, ours.config.vocab_size, steps)
+    start = math.log(ours.config.vocab_size)
+    mine, theirs = stock_loss(ours, held_out, tokenizer), stock_loss(plain, held_out, tokenizer)
+    print(f"held-out loss by stock transformers: ours {mine:.4f}, the plain recipe's {theirs:.4f}")
+    assert theirs < start - 1 and mine == pytest.approx(theirs, rel=BOUND)
+    return losses
+
+
+def test_as_the_plain_recipe_on_the_embedded_corpus(harness, tmp_path, out):
+    data = ["--max_train_documents", 1500, "--tokenizer_train_vocab_size", 2000, "--validation_split_percentage", 20]
+    losses = compare(harness, tmp_path / "cache", out, 120, *data)
+    ours = [row["loss"] for row in training_rows(out)]
+    for part in range(3):  # along the way, too
+        middle = slice(40 * part, 40 * (part + 1))
+        assert np.mean(ours[middle]) == pytest.approx(np.mean(losses[middle]), rel=BOUND)
+
+
+def test_as_the_plain_recipe_on_wikitext(harness, data_folder, tmp_path, out):
+    vocabulary = data_folder / "vocab/bert-base-uncased/vocab.txt"
+    data = ["--train_file", data_folder / "wikitext-2/train.txt", "--tokenizer_name", vocabulary]
+    data += ["--validation_file", data_folder / "wikitext-2/valid.txt"]
+    compare(harness, tmp_path / "cache", out, 60, *data)

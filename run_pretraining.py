@@ -46,7 +46,8 @@ def main():
     model_args, data_args, args, notes = parse_pretraining_arguments()
     run_folder.check_run_folder(args)
     if args.check_arguments:
-        prepare_corpus(data_args)
+        corpus, *_ = prepare_rows(data_args, print)
+        build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer, "sdpa"), args)
         return 0
     if run_folder.is_finished(args):
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
@@ -63,11 +64,7 @@ def main():
     # ---- Data, model, optimizer ------------------------------------------------------------------
     with accelerator.main_process_first():
         overwrite = data_args.overwrite_cache and accelerator.is_main_process  # once is enough
-        corpus = prepare_corpus(replace(data_args, overwrite_cache=overwrite), say)
-        rows, eval_rows = (
-            build_rows(part, corpus.tokenizer, data_args.max_seq_length, data_args.packing, corpus.folder / name)
-            for name, part in (("train", corpus.train), ("validation", corpus.validation))
-        )
+        corpus, rows, eval_rows = prepare_rows(replace(data_args, overwrite_cache=overwrite), say)
     rank, ranks = parallel.data_rank(accelerator)
     masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
     here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
@@ -240,6 +237,16 @@ def main():
         report(output_dir, results, corpus, config, command, meter.peak)
     parallel.shut_down(accelerator)
     return 0
+
+
+def prepare_rows(data_args, say):
+    """The corpus that the flags name, and its rows for training and validation."""
+    corpus = prepare_corpus(data_args, say)
+    rows = (
+        build_rows(part, corpus.tokenizer, data_args.max_seq_length, data_args.packing, corpus.rows_folder / name)
+        for name, part in (("train", corpus.train), ("validation", corpus.validation))
+    )
+    return corpus, *rows
 
 
 if __name__ == "__main__":

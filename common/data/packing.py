@@ -7,6 +7,7 @@ A segment is a piece of one document between [CLS] and [SEP]; a row holds whole 
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -234,9 +235,8 @@ def _ranges(starts, lengths):
 def _write_plan(token_file, seq_length, folder):
     """Cut documents into segments, pack them block by block, and leave the plan complete or not at all."""
     room = seq_length - SPECIALS
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     parts = {"row_ends": [], "row_tokens": [], "starts": [], "lengths": []}
     done = 0
     documents = np.flatnonzero(np.asarray(token_file.lengths) > 0)
@@ -258,4 +258,7 @@ def _write_plan(token_file, seq_length, folder):
         np.save(temporary / f"{name}.npy", np.concatenate(blocks))
     rows = sum(len(block) for block in parts["row_ends"])
     (temporary / "plan.json").write_text(json.dumps({"rows": rows, "segments": done, "seq_length": seq_length}))
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run was faster; its plan is the same
+        shutil.rmtree(temporary)

@@ -41,6 +41,7 @@ class PreparedCorpus:
         folder: where the files lie.
         source: one phrase for people.
         fingerprint: hash over both parts and the tokenizer; equal for equal training data.
+        rows_folder: in the cache, for what is derived from just these documents.
     """
 
     train: TokenFile
@@ -49,6 +50,7 @@ class PreparedCorpus:
     folder: Path
     source: str
     fingerprint: str
+    rows_folder: Path
 
 
 def prepare_corpus(data_args, say: Callable[[str], None] = print) -> PreparedCorpus:
@@ -134,9 +136,7 @@ def _prepare_cached(data_args, cache: Path, say) -> PreparedCorpus:
             fingerprint = tokenizer_fingerprint(tokenizer)
         train, validation = TokenFile(folder / "train"), TokenFile(folder / "validation")
         _verify_once([train, validation], tokenizer, fingerprint, cache)
-    return PreparedCorpus(
-        train, validation, tokenizer, folder, source.name, _fingerprint(train, validation, fingerprint)
-    )
+    return _prepared(cache, train, validation, tokenizer, fingerprint, folder, source.name)
 
 
 def _named_tokenizer(data_args):
@@ -286,9 +286,7 @@ def _open_token_files(data_args, cache: Path, say) -> PreparedCorpus:
     else:
         train, validation = _hold_out(train, data_args.validation_split_percentage)
     say(f"data: using {path} ({train.num_documents:,} + {validation.num_documents:,} documents)")
-    return PreparedCorpus(
-        train, validation, tokenizer, prefix.parent, str(path), _fingerprint(train, validation, fingerprint)
-    )
+    return _prepared(cache, train, validation, tokenizer, fingerprint, prefix.parent, str(path))
 
 
 def _hold_out(token_file: TokenFile, percentage: float) -> tuple[TokenFile, TokenFile]:
@@ -335,9 +333,10 @@ def _check_ids(token_file: TokenFile, vocab_size: int) -> None:
         )
 
 
-def _fingerprint(train: TokenFile, validation: TokenFile, tokenizer: str) -> str:
-    facts = [tokenizer]
+def _prepared(cache: Path, train, validation, tokenizer, tokenizer_fingerprint: str, folder: Path, source: str):
+    facts = [tokenizer_fingerprint]
     for part in (train, validation):
         content = part.metadata["checksums"] if part.metadata else part.paths["bin"].stat().st_size
         facts += [content, zlib.crc32(part.starts), zlib.crc32(part.lengths)]
-    return _digest(facts)
+    fingerprint = _digest(facts)
+    return PreparedCorpus(train, validation, tokenizer, folder, source, fingerprint, cache / "rows" / fingerprint)

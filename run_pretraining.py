@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from common import parallel, run_folder
 from common.arguments import parse_pretraining_arguments, resume_settings
 from common.batch_size import cut_global_batch, find_batch_size, is_out_of_memory, out_of_memory_remedy
-from common.checkpoint import read_state, refuse_other_settings, resolve_checkpoint, save_checkpoint
+from common.checkpoint import read_state, save_checkpoint
 from common.clock import BudgetClock
 from common.data.batches import EvalBatches, Masking, TrainBatches
 from common.data.packing import build_rows
@@ -35,7 +35,7 @@ from common.progress import Progress
 from common.report import MetricsLog
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
-from common.training import StepLog, TrainState, evaluate, save_pretrained
+from common.training import StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained
 from common.unigram import start_from_frequencies, unigram_baseline
 from common.utilisation import Meter
 
@@ -53,34 +53,33 @@ def main():
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
         return 0
     stop = StopSignals()
-    stop.listen()
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
-    set_seed(args.seed)
-    output_dir = Path(parallel.from_main(accelerator, args.output_dir or str(run_folder.new_run_name())))
+    output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.new_run_name()))
+    agree_max = parallel.agree_max(accelerator)
+    rank, ranks = parallel.data_rank(accelerator)
+    here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
 
     # ---- Data, model, optimizer ------------------------------------------------------------------
-    with accelerator.main_process_first():
-        overwrite = data_args.overwrite_cache and accelerator.is_main_process  # once is enough
-        corpus, rows, eval_rows = prepare_rows(replace(data_args, overwrite_cache=overwrite), say)
-    rank, ranks = parallel.data_rank(accelerator)
+    corpus, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
     masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
-    here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
+    set_seed(args.seed)
     attention = choose_attention(model_args.attn_implementation, accelerator.device, accelerator.mixed_precision)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer, attention)
-    config, parameters = model.config, model.num_parameters()
     if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
         start_from_frequencies(model, corpus.train.tokens)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    config, parameters = model.config, model.num_parameters()
     optimizer = build_optimizer(model, args)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    agree_max = parallel.agree_max(accelerator)
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+
+    # ---- The global batch, cut into what fits a device -------------------------------------------
     stream = partial(TrainBatches, rows, masking, args.seed, **here)
+    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
     if args.auto_find_batch_size:
         try_batch = lambda size: next(iter(stream(batch_size=size, accumulation=1)))[0]  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
@@ -95,19 +94,15 @@ def main():
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"]}
-    checkpoint = None
-    if args.resume_from_checkpoint:
-        found = resolve_checkpoint(args.resume_from_checkpoint, output_dir) if accelerator.is_main_process else None
-        checkpoint = parallel.from_main(accelerator, found)
-        if checkpoint is None:
-            say(f"{output_dir} has no complete checkpoint: starting from the beginning")
-        else:
-            refuse_other_settings(checkpoint, settings)
     command = shlex.join(["python", *sys.argv])
-    if accelerator.is_main_process:
-        run_folder.prepare_run_folder(output_dir, args.overwrite_output_dir, fresh=checkpoint is None)
-        run_folder.write_arguments(output_dir, model_args, data_args, args, in_force | {"command": command})
-    accelerator.wait_for_everyone()
+    facts = {
+        "model": vars(model_args),
+        "data": vars(data_args),
+        "training": vars(args),
+        **in_force,
+        "command": command,
+    }
+    checkpoint = parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings, facts))
     clock = BudgetClock(
         args.total_training_time,
         agree_max,
@@ -118,7 +113,9 @@ def main():
     )
     state = TrainState()
     metrics_log = MetricsLog(output_dir / run_folder.METRICS, accelerator.is_main_process)
-    if checkpoint is not None:
+    if checkpoint is None and args.resume_from_checkpoint:
+        say(f"{output_dir} has no complete checkpoint: starting from the beginning")
+    elif checkpoint is not None:
         load_training_state(model, optimizer, checkpoint)
         saved = read_state(checkpoint)
         state = TrainState(**saved["train"])
@@ -153,6 +150,7 @@ def main():
 
     def save_state():
         with step_log.paused():
+            refuse_infinite_weights(model, state.completed_steps)
             values = {"train": vars(state), "clock": clock.state_dict(), "settings": settings}
             write = partial(save_training_state, accelerator, model, optimizer)
             save_checkpoint(accelerator, output_dir, state.completed_steps, write, values, args.save_total_limit)
@@ -162,6 +160,7 @@ def main():
     reason, evaluation, grad_norm, loss_now, speed = limits.reached, None, None, None, None
     saved_at = state.completed_steps if checkpoint is not None else None
     lr_scheduler.step(limits.schedule_progress)
+    stop.listen()  # from here on a signal waits for the end of a step
     clock.start()
     for batch, number, tokens in batches if not reason else ():
         with accelerator.accumulate(model):
@@ -176,6 +175,8 @@ def main():
             if accelerator.sync_gradients and args.max_grad_norm > 0:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
+            if optimizer.step_was_skipped:  # fp16 overflow, which its loss scale answers
+                grad_norm = None
             optimizer.zero_grad()
         step_log.add(loss)
         if not accelerator.sync_gradients:
@@ -239,9 +240,12 @@ def main():
     return 0
 
 
-def prepare_rows(data_args, say):
-    """The corpus that the flags name, and its rows for training and validation."""
-    corpus = prepare_corpus(data_args, say)
+def prepare_rows(data_args, say, first=True):
+    """The corpus that the flags name, and its rows for training and validation.
+
+    Only the first process overwrites a cache; the others use what it made.
+    """
+    corpus = prepare_corpus(replace(data_args, overwrite_cache=data_args.overwrite_cache and first), say)
     rows = (
         build_rows(part, corpus.tokenizer, data_args.max_seq_length, data_args.packing, corpus.rows_folder / name)
         for name, part in (("train", corpus.train), ("validation", corpus.validation))

@@ -11,7 +11,10 @@ import shutil
 import zlib
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from common.errors import UserError
+from common.parallel import on_main, raise_together
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -34,30 +37,37 @@ def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
     """
     final = Path(run_folder) / f"step_{step}"
     temporary = final.with_name(final.name + _WRITING)
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        write_files(temporary)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / STATE).write_text(json.dumps(state, indent=1))
-            _seal(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _flush(final.parent)
-            for old in complete_checkpoints(run_folder, verify=False)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:  # safetensors and torch.save have their own words for a full disk
+
+    def make_room():
         shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError) and "error" not in type(error).__name__.lower():
+        temporary.mkdir(parents=True)
+
+    def complete():
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        _seal(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(final.parent)
+        for old in complete_checkpoints(run_folder, verify=False)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    on_main(accelerator, lambda: _named(final, make_room))
+    raise_together(accelerator, lambda: _named(final, lambda: write_files(temporary)))
+    on_main(accelerator, lambda: _named(final, complete))
+
+
+def _named(final, write):
+    """Do a part of the writing; where it fails, leave nothing half-written and say which checkpoint it was."""
+    try:
+        write()
+    except Exception as error:  # safetensors and torch.save have their own words for a full disk
+        shutil.rmtree(final.with_name(final.name + _WRITING), ignore_errors=True)
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
             raise
         raise UserError(
             f"cannot write checkpoint {final}: {str(error).splitlines()[0]}; earlier checkpoints are intact; free "
             "space and continue with --resume_from_checkpoint latest"
         ) from error
-    accelerator.wait_for_everyone()
 
 
 def complete_checkpoints(run_folder, verify=True):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 
 BAD_INPUT = 2  # exit code: something the user gave cannot be used
@@ -34,6 +35,9 @@ def run_main(main):
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same bad input; one says so
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
     sys.exit(code or 0)
 
 

@@ -4,9 +4,9 @@ import json
 import shutil
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
+from common.checkpoint import refuse_other_settings, resolve_checkpoint
 from common.errors import UserError
 
 ARGUMENTS, RESULTS, METRICS, READINGS = "args.json", "all_results.json", "metrics.jsonl", "clock.f64"
@@ -56,30 +56,39 @@ def is_finished(args):
     return all(before[name] == getattr(args, name) for name in LIMITS)
 
 
-def prepare_run_folder(folder, overwrite, fresh):
-    """Make the folder and clear what the new run replaces.
+def open_run_folder(folder, args, settings, facts):
+    """Make the folder ready for a run that begins or continues, and leave its settings in args.json.
+
+    What the run replaces goes: with --overwrite_output_dir another run's files, and the leftovers of a run that is
+    begun again for want of a checkpoint.
 
     Args:
         folder: Path.
-        overwrite: remove another run's files.
-        fresh: nothing is continued, so leftovers of a run without a checkpoint go too.
+        args: common.arguments.TrainingArguments.
+        settings: dict of plain values that a continued run must share with its checkpoint.
+        facts: dict of what to write down.
+    Returns:
+        Path of the checkpoint to continue from, or None.
+    Raises:
+        UserError: the checkpoint does not exist, is damaged, or belongs to other settings.
     """
+    checkpoint = None
+    if args.resume_from_checkpoint:
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, folder)
+    if checkpoint is None and args.resume_from_checkpoint and (folder / RESULTS).exists():
+        raise UserError(
+            f"{folder} holds a finished run without a checkpoint to continue from: --model_name_or_path {folder} "
+            "starts a new run from its weights, --overwrite_output_dir replaces it"
+        )
+    if checkpoint is not None:
+        refuse_other_settings(checkpoint, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    if overwrite or fresh:
-        for pattern in OWN_FILES:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in OWN_FILES if checkpoint is None else ():
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / RESULTS).unlink(missing_ok=True)  # its presence says that the run is finished
-
-
-def write_arguments(folder, model_args, data_args, args, facts):
-    """Leave the settings in force in args.json.
-
-    Args:
-        facts: more plain values worth keeping (strategy, versions, command).
-    """
-    content = {"model": asdict(model_args), "data": asdict(data_args), "training": asdict(args), **facts}
-    (folder / ARGUMENTS).write_text(json.dumps(content, indent=2, default=str) + "\n")
+    (folder / ARGUMENTS).write_text(json.dumps(facts | {"commit": git_commit()}, indent=2, default=str) + "\n")
+    return checkpoint
 
 
 def git_commit():

@@ -9,6 +9,11 @@ import torch
 from common.errors import DivergedError
 from common.parallel.state import consolidated_weights, plain_model
 
+LESS_EXTREME = (
+    "lower --learning_rate, lengthen --warmup_proportion or clip with --max_grad_norm; the last checkpoint is good, "
+    "--resume_from_checkpoint latest goes back to it"
+)
+
 
 @dataclass
 class TrainState:
@@ -69,11 +74,7 @@ class StepLog:
         for what, values in (("loss", losses), ("gradient norm", norms)):
             for step, value in enumerate(values, first):
                 if not math.isfinite(value):
-                    raise DivergedError(
-                        f"the {what} became {value} at step {step}: lower --learning_rate, lengthen "
-                        "--warmup_proportion or clip with --max_grad_norm; --resume_from_checkpoint latest goes back "
-                        "to the last good checkpoint"
-                    )
+                    raise DivergedError(f"the {what} became {value} at step {step}: {LESS_EXTREME}")
         seconds = time.perf_counter() - self._began - self.paused_seconds
         metrics = {"loss": sum(losses) / len(losses)} | ({"grad_norm": norms[-1]} if norms else {})
         interval = {"steps": len(losses), "tokens": self._tokens, "seconds": seconds}
@@ -117,8 +118,15 @@ def evaluate(accelerator, model, eval_batches):
     model.train()
     loss, correct, weight = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
     if not math.isfinite(loss):
-        raise DivergedError("the validation loss is not a number: lower --learning_rate")
+        raise DivergedError(f"the validation loss is not a number: {LESS_EXTREME}")
     return {"eval_loss": loss / weight, "eval_accuracy": correct / weight}
+
+
+def refuse_infinite_weights(model, step):
+    """Raise DivergedError where the last update made a weight NaN or infinite: the loss shows it only a step later."""
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in model.parameters()]).all()
+    if not finite:  # host sync
+        raise DivergedError(f"the weights are no longer finite after step {step}: {LESS_EXTREME}")
 
 
 def save_pretrained(accelerator, model, tokenizer, folder):

@@ -25,8 +25,9 @@ resolve_config() {
 
 # bf16 products are emulated, tens of times slower, on a CPU without instructions for them.
 choose_cpu_precision() {
-    [[ -r /proc/cpuinfo ]] && ! command -v nvidia-smi >/dev/null || return 0
-    if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && grep -q '^mixed_precision: bf16' "$config"; then
+    grep -q '^mixed_precision: bf16' "$config" && grep -qs '^flags' /proc/cpuinfo || return 0
+    grep -q 'role: cpu' "$config" || ! command -v nvidia-smi >/dev/null || return 0
+    if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
         echo "This CPU has no bf16 instructions: training in fp32 instead of $config's bf16."
         launch_flags+=(--mixed_precision no)
     fi

@@ -82,6 +82,15 @@ def test_a_run_continues_on_another_number_of_processes(harness, single, tiny_co
     assert losses(out) == pytest.approx(losses(single), abs=1e-5)
 
 
+@pytest.mark.parametrize("fault", ["no checkpoint", "no text"])
+def test_what_the_main_process_finds_ends_all_of_them(harness, tiny_corpus, cache, tmp_path, fault):
+    words = command(tiny_corpus if fault == "no checkpoint" else tmp_path / "nothing.txt", cache, tmp_path / "run")
+    words += ["--resume_from_checkpoint", tmp_path / "step_9"]
+    ranks = harness.launch(*words, config=fp32_copy(CONFIGS[0], tmp_path))
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert ranks[0].stderr.count("error: ") == 1 and "Traceback" not in ranks[0].stderr + ranks[1].stderr
+
+
 def test_half_a_launch_is_refused(harness, tiny_corpus, cache, out):
     result = harness.run(*command(tiny_corpus, cache, out), env={"WORLD_SIZE": "2", "RANK": "0"}).check(2)
     assert "accelerate cannot start 2 process(es)" in result.stderr and not out.exists()

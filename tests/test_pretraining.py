@@ -1,6 +1,7 @@
 """The main job on a small model: it learns, its files can be used, its numbers agree with stock transformers."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from common.data.batches import EvalBatches, Masking
 from common.data.packing import ConcatenatedRows, DocumentRows
 from common.data.token_files import TokenFile
+from common.report import read_metrics
 from harness import REPOSITORY
-from pretraining import SCRIPT, losses, results, small_run, training_rows, weights
+from pretraining import EXTREMEBERT, SCRIPT, losses, results, small_run, training_rows, weights
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +225,44 @@ def test_a_custom_optimizer_by_module_and_class(harness, tiny_corpus, cache, tmp
     harness.run(script, *words[1:], cwd=tmp_path, env=env).check()
     by_step = losses(out)
     assert by_step[30] < by_step[2] - 0.1
+
+
+def test_extremeberts_best_recipe_runs(harness, tiny_corpus, cache, out):
+    """The whole command of its README on a tiny model; --fp16 is for GPUs, --fp32 stands in for it."""
+    prepared = next(cache.glob("tiny-*"))
+    words = EXTREMEBERT.format(tokenizer=prepared / "tokenizer", dataset=prepared, output=out).split()
+    shape = {"--hidden_size": 32, "--num_hidden_layers": 2, "--num_attention_heads": 2, "--intermediate_size": 64}
+    smaller = {"--train_batch_size": 64, "--total_training_time": 4 / 3600, "--early_exit_time_marker": 3 / 3600}
+    for flag, value in (shape | smaller).items():
+        words[words.index(flag) + 1] = value
+    result = harness.run(SCRIPT, *words, "--fp32", "--cache_dir", cache, "--max_eval_samples", 16).check()
+    assert "note: --deepspeed is ignored" in result.stdout and "note: --data_loader_type" in result.stdout
+    assert results(out)["stop_reason"] == "time budget spent" and results(out)["train_runtime"] >= 3
+    assert json.loads((out / "config.json").read_text())["model_type"] == "megatron-bert"
+    validated = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row]
+    assert len(validated) > 1, "validation in shards"
+
+
+def test_a_full_device_halves_its_share_and_keeps_the_global_batch(harness, tiny_corpus, cache, tmp_path):
+    """The address space is limited until 512 rows at once do not fit: a real failure of the allocator."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, runpy, sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), used + (700 << 20)))\n"
+        f"runpy.run_path({str(REPOSITORY / SCRIPT)!r}, run_name='__main__')\n"
+    )
+    flags = ["--per_device_train_batch_size", 512, "--per_device_eval_batch_size", 8]
+    words = small_run(tiny_corpus, cache, tmp_path / "full", *flags, steps=2, batch=512)
+    stopped = harness.run(script, *words[1:]).check(2)
+    assert "--per_device_train_batch_size 512" in stopped.stderr and "--auto_find_batch_size" in stopped.stderr
+    out = tmp_path / "found"
+    words = small_run(tiny_corpus, cache, out, *flags, "--auto_find_batch_size", steps=2, batch=512)
+    found = harness.run(script, *words[1:]).check()
+    cut = re.search(r"global batch 512 rows = (\d+) per device x (\d+) accumulation", found.stdout)
+    assert int(cut[1]) < 512 and int(cut[1]) * int(cut[2]) == 512
+    reference = tmp_path / "reference"
+    flags[1] = int(cut[1])
+    harness.run(*small_run(tiny_corpus, cache, reference, *flags, steps=2, batch=512)).check()
+    assert losses(out) == losses(reference)

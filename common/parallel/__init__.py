@@ -122,13 +122,58 @@ def agree_max(accelerator):
     return reduce
 
 
-def from_main(accelerator, value):
-    """The main process's value of a picklable object, on every process."""
-    if accelerator.num_processes == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def on_main(accelerator, function):
+    """Call a function on the main process; every process gets its result, or its UserError.
+
+    Args:
+        function: without arguments; its result can be pickled.
+    """
+    result, fault = None, None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as error:
+            fault = str(error)
+    if accelerator.num_processes > 1:
+        box = [(result, fault)]
+        dist.broadcast_object_list(box, src=0)
+        result, fault = box[0]
+    if fault:
+        raise UserError(fault)
+    return result
+
+
+def raise_together(accelerator, function):
+    """Call a function on every process; a UserError of one is raised by all, so that none waits for it.
+
+    Args:
+        function: without arguments and result.
+    """
+    fault = None
+    try:
+        function()
+    except UserError as error:
+        fault = str(error)
+    faults = [fault]
+    if accelerator.num_processes > 1:
+        faults = [None] * accelerator.num_processes
+        dist.all_gather_object(faults, fault)
+    fault = next((fault for fault in faults if fault), None)
+    if fault:
+        raise UserError(fault)
+
+
+def main_first(accelerator, function):
+    """Call a function on the main process, then on the others, where it finds what the first call left.
+
+    Args:
+        function: takes `first`, whether this is the first call. Its UserError on the main process ends all of them.
+    Returns:
+        each process's own result.
+    """
+    results = []
+    on_main(accelerator, lambda: results.append(function(first=True)))
+    return results[0] if results else function(first=False)
 
 
 def shut_down(accelerator):

@@ -18,13 +18,13 @@ from accelerate.utils import set_seed
 
 from common import parallel, run_folder
 from common.arguments import parse_pretraining_arguments, resume_settings
-from common.batch_size import cut_global_batch, find_batch_size, is_out_of_memory, out_of_memory_remedy
+from common.batch_size import cut_global_batch, find_batch_size
 from common.checkpoint import read_state, save_checkpoint
 from common.clock import BudgetClock
 from common.data.batches import EvalBatches, Masking, TrainBatches
 from common.data.packing import build_rows
 from common.data.prepare import prepare_corpus
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.limits import Limits, due
 from common.mlm_report import report
 from common.models.attention import choose_attention
@@ -165,13 +165,8 @@ def main():
     for batch, number, tokens in batches if not reason else ():
         with accelerator.accumulate(model):
             parallel.seed_dropout(args.seed, state.completed_steps, number)
-            try:
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise UserError(out_of_memory_remedy(per_device)) from error
-                raise
+            loss = model(**batch).loss
+            accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm > 0:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()

@@ -3,7 +3,7 @@
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from common.errors import UserError
+from common.errors import DEVICE_FULL, UserError, is_out_of_memory
 
 
 def cut_global_batch(train_batch_size, per_device, ranks):
@@ -47,31 +47,18 @@ def find_batch_size(accelerator, model, try_batch, per_device, agree_max):
         if not agree_max([float(not fits)])[0]:
             return per_device
         if per_device % 2:
-            raise UserError(out_of_memory_remedy(per_device))
+            raise UserError(f"--per_device_train_batch_size {per_device} does not fit: {DEVICE_FULL}")
         per_device //= 2
 
 
 def _fits(accelerator, model, try_batch, per_device):
     try:
         moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # AdamW's come only with a step
-        with accelerator.no_sync(model):
-            accelerator.backward(model(**try_batch(per_device)).loss)
+        for _ in range(2):  # the second pass finds the gradients of the first, as with accumulation
+            with accelerator.no_sync(model):
+                accelerator.backward(model(**try_batch(per_device)).loss)
         return bool(moments)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that the device (or the host) is full."""
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
-def out_of_memory_remedy(per_device):
-    """The one line for a full device."""
-    return (
-        f"the device is full at --per_device_train_batch_size {per_device}: halve it (the global batch stays), or add "
-        "--auto_find_batch_size, --gradient_checkpointing, or choose a smaller --model_size"
-    )

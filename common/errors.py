@@ -8,6 +8,11 @@ import sys
 BAD_INPUT = 2  # exit code: something the user gave cannot be used
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
+DEVICE_FULL = (
+    "the device is full; halve --per_device_train_batch_size (the global batch stays) or --per_device_eval_batch_size,"
+    " add --auto_find_batch_size or --gradient_checkpointing, or choose a smaller --model_size"
+)
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do."""
@@ -30,7 +35,7 @@ def run_main(main):
         SystemExit: always, with the exit code.
     """
     try:
-        code = _with_named_disk_errors(main)
+        code = _with_named_limits(main)
     except (UserError, DivergedError) as error:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same bad input; one says so
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -41,9 +46,19 @@ def run_main(main):
     sys.exit(code or 0)
 
 
-def _with_named_disk_errors(main):
+def is_out_of_memory(error):
+    """Whether an exception says that the device (or the host) is full."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def _with_named_limits(main):
     try:
         return main()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(DEVICE_FULL) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise

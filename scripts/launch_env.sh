@@ -2,6 +2,7 @@
 # Usage: source scripts/launch_env.sh
 
 bash scripts/setup.sh
+source scripts/memory_env.sh
 python=${FRUGAL_VENV:-.venv}/bin/python
 
 # The YAML for a name in accelerate_configs/ or a path; without one, what fits the machine.
@@ -41,11 +42,4 @@ choose_threads() {
     ((cores > 0)) || cores=$(getconf _NPROCESSORS_ONLN)
     processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$config")
     launch_flags+=(--num_cpu_threads_per_process "$((cores > ${processes:-1} ? cores / ${processes:-1} : 1))")
-}
-
-# glibc: huge pages for large blocks, and memory that is kept instead of returned and faulted in again at every step.
-tune_memory() {
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-8589934592}
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 }

@@ -25,7 +25,6 @@ launch_flags=()
 resolve_config "${positional[0]:-}"
 choose_cpu_precision
 choose_threads
-tune_memory
 
 flags=()
 [[ -n ${positional[1]:-} ]] && flags+=(--total_training_time "${positional[1]}")

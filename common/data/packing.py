@@ -158,23 +158,23 @@ class DocumentRows:
 class ConcatenatedRows:
     """Rows cut from one stream of [CLS] document [SEP] [CLS] document [SEP] …, as the masked-LM example does it.
 
-    The last row is padded instead of dropped. Arguments as DocumentRows, without a plan to keep.
+    What is left after the last full row is dropped, as there. Arguments as DocumentRows, without a plan to keep.
     """
 
     def __init__(self, token_file, tokenizer, seq_length):
         self.tokens, self.seq_length = token_file.tokens, seq_length
-        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.starts = np.asarray(token_file.starts)
         self.lengths = np.asarray(token_file.lengths, dtype=np.int64)
         self.stream_starts = np.concatenate([[0], np.cumsum(self.lengths + SPECIALS)])  # [n + 1]
         self.text_before = np.concatenate([[0], np.cumsum(self.lengths)])
 
     def __len__(self):
-        return -(-int(self.stream_starts[-1]) // self.seq_length)
+        return int(self.stream_starts[-1]) // self.seq_length
 
     def real_tokens(self, rows):
-        """[B] int64: tokens in each row, padding not counted."""
-        return np.minimum(self.seq_length, self.stream_starts[-1] - np.asarray(rows) * self.seq_length)
+        """[B] int64: tokens in each row."""
+        return np.full(len(rows), self.seq_length)
 
     def text_tokens(self, rows):
         """[B] int64: tokens of text in each row."""
@@ -182,18 +182,16 @@ class ConcatenatedRows:
         return self._text_up_to(first + self.seq_length) - self._text_up_to(first)
 
     def build(self, rows):
-        """As DocumentRows.build; positions run through the row and document_ids are 1 up to the padding."""
+        """As DocumentRows.build; positions run through the row and document_ids are 1."""
         place = np.asarray(rows)[:, None] * self.seq_length + np.arange(self.seq_length)  # [B, S] in the stream
-        real = place < self.stream_starts[-1]
-        document, offset = self._locate(np.where(real, place, 0))
-        maskable = real & (offset > 0) & (offset <= self.lengths[document])
+        document, offset = self._locate(place)
+        maskable = (offset > 0) & (offset <= self.lengths[document])
         input_ids = np.where(offset == 0, self.cls_id, self.sep_id)
         input_ids[maskable] = self.tokens[(self.starts[document] + offset - 1)[maskable]]
-        input_ids[~real] = self.pad_id
         return {
             "input_ids": input_ids,
             "position_ids": np.tile(np.arange(self.seq_length), (len(rows), 1)),
-            "document_ids": real.astype(np.int64),
+            "document_ids": np.ones_like(input_ids),
             "maskable": maskable,
         }
 
@@ -215,10 +213,11 @@ def build_rows(token_file, tokenizer, seq_length, packing, cache_folder):
     Raises:
         UserError: less text than one row.
     """
-    if int(token_file.lengths.sum(dtype=np.int64)) < seq_length - SPECIALS:
+    tokens = int(token_file.lengths.sum(dtype=np.int64))
+    if tokens < seq_length - SPECIALS:
         raise UserError(
-            f"the training text has {token_file.lengths.sum()} tokens, less than one row of --max_seq_length "
-            f"{seq_length}: give more text or shorter rows"
+            f"{Path(cache_folder).name} text: {tokens} tokens are less than one row of --max_seq_length {seq_length}; "
+            "give more text or shorter rows"
         )
     if packing == "concat":
         return ConcatenatedRows(token_file, tokenizer, seq_length)

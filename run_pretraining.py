@@ -7,6 +7,8 @@
 Every flag: python run_pretraining.py --help. Parallelism comes from the YAML alone.
 """
 
+import math
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -19,8 +21,8 @@ from accelerate.utils import set_seed
 from common import parallel, run_folder
 from common.arguments import parse_pretraining_arguments, resume_settings
 from common.batch_size import cut_global_batch, find_batch_size
-from common.checkpoint import read_state, save_checkpoint
-from common.clock import BudgetClock
+from common.checkpoint import read_state, resolve_checkpoint, save_checkpoint
+from common.clock import BudgetClock, read_readings
 from common.data.batches import EvalBatches, Masking, TrainBatches
 from common.data.packing import build_rows
 from common.data.prepare import prepare_corpus
@@ -39,6 +41,8 @@ from common.training import StepLog, TrainState, evaluate, refuse_infinite_weigh
 from common.unigram import start_from_frequencies, unigram_baseline
 from common.utilisation import Meter
 
+LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
+
 
 def main():
     transformers.utils.logging.set_verbosity_error()
@@ -46,9 +50,7 @@ def main():
     model_args, data_args, args, notes = parse_pretraining_arguments()
     run_folder.check_run_folder(args)
     if args.check_arguments:
-        corpus, *_ = prepare_rows(data_args, print)
-        build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer, "sdpa"), args)
-        return 0
+        return check(model_args, data_args, args)
     if run_folder.is_finished(args):
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
         return 0
@@ -57,7 +59,7 @@ def main():
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
-    output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.new_run_name()))
+    output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.make_run_folder()))
     agree_max = parallel.agree_max(accelerator)
     rank, ranks = parallel.data_rank(accelerator)
     here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
@@ -70,7 +72,7 @@ def main():
     attention = choose_attention(model_args.attn_implementation, accelerator.device, accelerator.mixed_precision)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer, attention)
     if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
-        start_from_frequencies(model, corpus.train.tokens)
+        start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     config, parameters = model.config, model.num_parameters()
@@ -93,16 +95,7 @@ def main():
 
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
-    settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"]}
-    command = shlex.join(["python", *sys.argv])
-    facts = {
-        "model": vars(model_args),
-        "data": vars(data_args),
-        "training": vars(args),
-        **in_force,
-        "command": command,
-    }
-    checkpoint = parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings, facts))
+    settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
     clock = BudgetClock(
         args.total_training_time,
         agree_max,
@@ -111,27 +104,33 @@ def main():
         output_dir / run_folder.READINGS,
         args.replay_clock,
     )
-    state = TrainState()
+    state, validation_owed, begun = TrainState(), False, None
+    limits = Limits(args, len(rows), clock, state)
+    curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
+    factor = partial(learning_rate_factor, warmup_proportion=limits.warmup_proportion, **curve)
+    lr_scheduler = LRScheduler(optimizer, factor)  # before the optimizer's state, which has its own rates, is loaded
+    checkpoint = parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings))
     metrics_log = MetricsLog(output_dir / run_folder.METRICS, accelerator.is_main_process)
     if checkpoint is None and args.resume_from_checkpoint:
         say(f"{output_dir} has no complete checkpoint: starting from the beginning")
     elif checkpoint is not None:
-        load_training_state(model, optimizer, checkpoint)
+        load_training_state(accelerator, model, optimizer, checkpoint)
         saved = read_state(checkpoint)
-        state = TrainState(**saved["train"])
+        vars(state).update(saved["train"])
+        validation_owed, begun = saved["validation_owed"], saved["log"]
         clock.load_state_dict(saved["clock"])
         metrics_log.truncate_after(state.completed_steps)
         say(f"continuing from {checkpoint}: step {state.completed_steps:,}, {clock.used_hours:.3f} hours used")
-    limits = Limits(args, len(rows), clock, state)
-    shape = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
-    lr_scheduler = LRScheduler(
-        optimizer, partial(learning_rate_factor, warmup_proportion=limits.warmup_proportion, **shape)
-    )
+        for name in settings:
+            if settings[name] != saved["settings"][name]:
+                say(f"note: {name} is now {settings[name]}; it was {saved['settings'][name]}")
+    command = os.environ.get("FRUGAL_COMMAND") or shlex.join(["python", *sys.argv])  # as the user typed it
+    facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
+    parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=state.consumed_rows)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
     # ---- What the loop does now and then ---------------------------------------------------------
-    step_log = StepLog(accelerator)
     meter = Meter(config, batches, accelerator.device, in_force["precision"], ranks)
     bar = Progress(accelerator.is_main_process, "pretraining")
 
@@ -151,7 +150,8 @@ def main():
     def save_state():
         with step_log.paused():
             refuse_infinite_weights(model, state.completed_steps)
-            values = {"train": vars(state), "clock": clock.state_dict(), "settings": settings}
+            values = {"train": vars(state), "clock": clock.state_dict(), "log": step_log.state()}
+            values |= {"settings": settings, "validation_owed": validation_owed}
             write = partial(save_training_state, accelerator, model, optimizer)
             save_checkpoint(accelerator, output_dir, state.completed_steps, write, values, args.save_total_limit)
         return state.completed_steps
@@ -162,6 +162,9 @@ def main():
     lr_scheduler.step(limits.schedule_progress)
     stop.listen()  # from here on a signal waits for the end of a step
     clock.start()
+    step_log = StepLog(accelerator, begun)
+    if validation_owed:  # a signal came before it could be made
+        validate()
     for batch, number, tokens in batches if not reason else ():
         with accelerator.accumulate(model):
             parallel.seed_dropout(args.seed, state.completed_steps, number)
@@ -179,28 +182,29 @@ def main():
 
         rows_before, hours_before, evaluation = state.consumed_rows, clock.used_hours, None
         state.finish_step(args.train_batch_size, tokens)
-        step_log.finish_step(grad_norm, tokens)
+        step_log.finish_step(state.completed_steps, grad_norm, tokens)
         clock.tick(stop.requested)
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step(limits.schedule_progress)  # of the next step
         reason = "signal" if clock.stop else limits.reached
 
-        save = limits.checkpoint_due(rows_before, hours_before)
-        if due(state.completed_steps - 1, state.completed_steps, args.logging_steps) or save or reason:
-            metrics, interval = step_log.pop(state.completed_steps)  # the only wait for the device; raises on NaN
+        if due(state.completed_steps - 1, state.completed_steps, args.logging_steps) or reason in LAST_LOG:
+            metrics, interval = step_log.pop()  # waits for the device; raises on NaN
             metrics |= meter.measure(**interval)
             log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / len(rows)})
             loss_now, speed = metrics["loss"], metrics["tokens_per_second"]
         used_seconds = clock.used_hours * 3600
         bar.update(limits.share, used_seconds, limits.remaining_seconds, state.completed_steps, loss_now, speed)
+        validation_owed = limits.validation_due(rows_before) and reason == "signal"
         if limits.validation_due(rows_before) and not reason:
             evaluation = validate()
             if limits.is_hopeless(evaluation["eval_loss"]):
                 reason = "early stopping"
         for marker in clock.passed(args.time_markers):
             with step_log.paused():
+                refuse_infinite_weights(model, state.completed_steps)
                 save_pretrained(accelerator, model, corpus.tokenizer, output_dir / f"marker_{marker:g}")
-        if save and not reason:
+        if limits.checkpoint_due(rows_before, hours_before) and not reason:
             saved_at = save_state()
         if reason:
             break
@@ -219,6 +223,7 @@ def main():
     parameter_bytes, optimizer_bytes = bytes_per_rank(model, optimizer)
     results |= in_force | meter.totals()
     results |= {
+        "perplexity": math.exp(results["eval_loss"]),
         "train_loss": loss_now,
         "train_steps": state.completed_steps,
         "train_tokens": state.consumed_tokens,
@@ -229,10 +234,36 @@ def main():
         "stop_reason": reason,
     }
     if accelerator.is_main_process:
-        results |= unigram_baseline(corpus.train.tokens, len(corpus.tokenizer), eval_batches)
+        results |= unigram_baseline(corpus.train, masking.vocab_size, eval_batches)
         report(output_dir, results, corpus, config, command, meter.peak)
     parallel.shut_down(accelerator)
     return 0
+
+
+def check(model_args, data_args, args):
+    """--check_arguments: everything that can fail before training does so here; the text is prepared."""
+    parallel.check_launch(args.precision, args.report_to)
+    cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
+    if args.replay_clock:
+        read_readings(args.replay_clock)
+    if args.resume_from_checkpoint:
+        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    corpus, *_ = prepare_rows(data_args, print)
+    build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer, "sdpa"), args)
+    return 0
+
+
+def shape_of(config):
+    """What a checkpoint's weights must fit."""
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    return {f"model {name}": getattr(config, name) for name in (*names, "max_position_embeddings")}
 
 
 def prepare_rows(data_args, say, first=True):

@@ -26,6 +26,14 @@ REPLACED_FLAGS = {
     "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
 }
 
+# What may still be chosen when the model is given by its weights.
+FREE_WITH_WEIGHTS = (
+    "model_name_or_path",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attn_implementation",
+)
+
 
 @dataclass
 class ModelArguments:
@@ -196,7 +204,7 @@ class TrainingArguments:
         default=None, aliases=["--load_training_checkpoint"], help="latest, or a checkpoint folder (step_N)."
     )
     checkpointing_steps: int | None = HfArg(default=None, help="Save every N optimizer steps.")
-    checkpointing_minutes: float | None = HfArg(default=None, help="Save every N minutes.")
+    checkpointing_minutes: float = HfArg(default=15.0, help="Save every N minutes; 0 = off.")
     num_epochs_between_checkpoints: int = HfArg(default=-1, help="Save every N shards; -1 = off.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints kept; the oldest goes first.")
     replay_clock: str | None = HfArg(
@@ -286,9 +294,8 @@ def _check_model(model, data):
     if model.model_type == "bert-mlm":
         model.model_type = "bert"
     _one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
-    if model.encoder_ln_mode is None:
-        model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
-    _one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
+    if model.encoder_ln_mode is not None:
+        _one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
     if model.model_type == "megatron-bert" and model.encoder_ln_mode == "post-ln":
         raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
     _one_of("model_size", model.model_size, list(MODEL_SIZES))
@@ -296,15 +303,21 @@ def _check_model(model, data):
     _one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for name in (*shape, "max_position_embeddings"):
-        if getattr(model, name) is not None:
-            _at_least(model, name, 1)
-            if model.model_name_or_path:
-                raise UserError(f"--{name} contradicts --model_name_or_path: the weights fix the shape; drop one")
+        _at_least(model, name, 1)
+    if model.model_name_or_path:
+        for field_ in fields(model):
+            changed = getattr(model, field_.name) != field_.default
+            if changed and field_.name not in FREE_WITH_WEIGHTS:
+                raise UserError(f"--{field_.name} contradicts --model_name_or_path: the weights fix it; drop one")
+    _positive(model, "initializer_range")
+    if model.encoder_ln_mode is None:
+        model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         _between(model, name, 0, 1, upper_open=True)
     width, heads = (model.shape[name] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:
-        raise UserError(f"--hidden_size {width} is not divisible by --num_attention_heads {heads}: change one of them")
+        given = f"--num_attention_heads {heads}" if model.num_attention_heads else f"its {heads} heads of 64"
+        raise UserError(f"--hidden_size {width} is not divisible by {given}: change it, or --num_attention_heads")
     if model.max_position_embeddings is not None and data.max_seq_length > model.max_position_embeddings:
         raise UserError(
             f"--max_seq_length {data.max_seq_length} is above --max_position_embeddings "
@@ -313,11 +326,16 @@ def _check_model(model, data):
 
 
 def _check_data(data):
+    for name in ("dataset_name", "train_file", "validation_file", "dataset_path", "tokenizer_name"):
+        if getattr(data, name) == "":
+            raise UserError(f"--{name} is empty: give a value, or leave the flag out")
     sources = [name for name in ("dataset_name", "train_file", "dataset_path") if getattr(data, name)]
     if len(sources) > 1:
         raise UserError(f"--{sources[0]} contradicts --{sources[1]}: name one source of text")
     if data.validation_file and not data.train_file:
         raise UserError("--validation_file needs --train_file: name the training text too")
+    if data.streaming and not data.dataset_name:
+        raise UserError("--streaming needs --dataset_name: local files are always read as a stream")
     if data.dataset_config_name and not data.dataset_name:
         raise UserError("--dataset_config_name needs --dataset_name: name the dataset too")
     _one_of("packing", data.packing, ["documents", "concat"])
@@ -331,8 +349,10 @@ def _check_data(data):
 
 
 def _check_training(args):
-    for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs", "checkpointing_minutes"):
+    for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs"):
         _positive(args, name)
+    _between(args, "seed", 0, 2**32 - 1)
+    _at_least(args, "checkpointing_minutes", 0)
     for name in ("max_train_steps", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"):
         _at_least(args, name, 1)
     for name in ("eval_steps", "checkpointing_steps", "save_total_limit", "logging_steps", "shards_per_epoch"):
@@ -343,9 +363,21 @@ def _check_training(args):
         _between(args, name, 0, 1)
     for name in ("max_grad_norm", "weight_decay"):
         _at_least(args, name, 0)
-    _positive(args, "learning_rate")
+    for name in ("adam_beta1", "adam_beta2"):
+        _between(args, name, 0, 1, upper_open=True)
+    for name in ("learning_rate", "adam_epsilon"):
+        _positive(args, name)
     _one_of("report_to", args.report_to, ["none", "tensorboard", "wandb"])
     check_curve(args.lr_scheduler_type, args.curve_options)
+    for name in ("lr_power", "esd_cr_k"):
+        _at_least(args, name, 0)
+    for name in ("decay_proportion", "exponential_end_ratio"):
+        if getattr(args, name) is not None:
+            _between(args, name, 0, 1, lower_open=True)
+    if args.esd_shrink is not None and not 1 < args.esd_shrink < float("inf"):
+        raise UserError(f"--esd_shrink {args.esd_shrink} must be above 1")
+    if args.use_early_stopping and not (args.eval_steps or args.do_validation):
+        raise UserError("--use_early_stopping needs validations on the way: add --eval_steps or --do_validation")
     if sum((args.bf16, args.fp16, args.fp32)) > 1:
         raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
@@ -387,29 +419,37 @@ def _check_limits(args):
         raise UserError("--finetune_time_markers are fractions of --total_training_time: give it too")
 
 
-def resume_settings(model, data, training):
-    """The settings that a resumed run must share with the run it continues, as a flat dict of plain values.
+# What a continued run may change, because it only cuts, watches or ends the run differently ...
+FREE_ON_RESUME = """
+    output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps
+    num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size
+    gradient_checkpointing eval_steps do_validation shards_per_epoch validation_epochs validation_epochs_begin
+    validation_epochs_end validation_begin_proportion validation_end_proportion use_early_stopping early_stop_time
+    early_stop_eval_loss resume_from_checkpoint checkpointing_steps checkpointing_minutes
+    num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to project_name job_name
+    bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples max_bad_records
+    trust_remote_code streaming attn_implementation model_name_or_path
+""".split()
+# ... or because the fingerprint of the prepared text and tokenizer speaks for it.
+IN_THE_FINGERPRINT = """
+    dataset_name dataset_config_name train_file validation_file dataset_path tokenizer_name text_column
+    document_separator validation_split_percentage max_train_documents tokenizer_train_vocab_size
+""".split()
+# Changed on purpose, as after a loss that became NaN; a continued run says so.
+SAID_ON_RESUME = """
+    learning_rate max_grad_norm lr_schedule lr_scheduler_type warmup_proportion num_warmup_steps min_lr_ratio lr_power
+    decay_proportion exponential_end_ratio esd_shrink esd_cr_k
+""".split()
 
-    Limits are not among them: a run may be continued with a longer budget. Nor are the batch per device and the
-    number of processes: they change the cut of the global batch, not the batch.
+
+def resume_settings(*groups):
+    """The settings that decide what a run computes, as a flat dict of plain values, for its checkpoints.
+
+    Args:
+        groups: the dataclasses that parse_pretraining_arguments returns.
     """
-    free = {
-        "output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps",
-        "num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size",
-        "auto_find_batch_size gradient_checkpointing eval_steps do_validation shards_per_epoch validation_epochs",
-        "validation_epochs_begin validation_epochs_end validation_begin_proportion validation_end_proportion",
-        "use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps",
-        "checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to",
-        "project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples",
-        "max_bad_records trust_remote_code streaming attn_implementation",
-        # what these stand for is compared by content: the prepared data and the tokenizer have fingerprints
-        "dataset_name dataset_config_name train_file validation_file dataset_path tokenizer_name",
-        "model_name_or_path text_column document_separator validation_split_percentage max_train_documents",
-        "tokenizer_train_vocab_size",
-    }
-    free = {name for line in free for name in line.split()}
-    groups = (model, data, training)
-    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in free}
+    left_out = {*FREE_ON_RESUME, *IN_THE_FINGERPRINT}
+    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in left_out}
 
 
 def _one_of(name, value, choices, note=""):

@@ -5,21 +5,21 @@ its manifest lists every file with size and checksum; a folder without a fitting
 """
 
 import json
-import os
 import re
 import shutil
-import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from common.errors import UserError
+from common.files import crc32, flush
 from common.parallel import on_main, raise_together
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d+)")
 _WRITING = ".writing"
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "file write failed")  # torch.save's words for it
 
 
 def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
@@ -47,8 +47,8 @@ def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
         _seal(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(final.parent)
-        for old in complete_checkpoints(run_folder, verify=False)[keep:]:
+        flush(final.parent)
+        for old in complete_checkpoints(run_folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
     on_main(accelerator, lambda: _named(final, make_room))
@@ -60,31 +60,38 @@ def _named(final, write):
     """Do a part of the writing; where it fails, leave nothing half-written and say which checkpoint it was."""
     try:
         write()
-    except Exception as error:  # safetensors and torch.save have their own words for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(final.with_name(final.name + _WRITING), ignore_errors=True)
-        if not isinstance(error, OSError | RuntimeError | SafetensorError):
+        if type(error) is RuntimeError and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
             raise
         raise UserError(
-            f"cannot write checkpoint {final}: {str(error).splitlines()[0]}; earlier checkpoints are intact; free "
-            "space and continue with --resume_from_checkpoint latest"
+            f"cannot write checkpoint {final}: {str(error).partition(chr(10))[0] or type(error).__name__}; earlier "
+            "checkpoints are intact; free space and continue with --resume_from_checkpoint latest"
         ) from error
 
 
-def complete_checkpoints(run_folder, verify=True):
-    """The checkpoints of a run, newest first.
-
-    Args:
-        run_folder: Path.
-        verify: compare every file with its checksum; otherwise the manifest's presence is enough.
-    """
+def complete_checkpoints(run_folder):
+    """The checkpoints of a run that were written to their end, newest first; their files are not verified."""
     found = {int(m[1]): p for p in Path(run_folder).glob("step_*") if (m := _NAME.fullmatch(p.name))}
-    paths = [found[step] for step in sorted(found, reverse=True)]
-    return [path for path in paths if (path / MANIFEST).exists() and not (verify and damage(path))]
+    return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).exists()]
 
 
 def latest_checkpoint(run_folder):
-    """The newest complete checkpoint, or None. Files are verified from the newest on, until one is whole."""
-    return next((path for path in complete_checkpoints(run_folder, verify=False) if not damage(path)), None)
+    """The newest checkpoint whose files fit their checksums, or None."""
+    return next((path for path in complete_checkpoints(run_folder) if not damage(path)), None)
+
+
+def put_later_checkpoints_aside(checkpoint):
+    """Rename the checkpoints beside this one that are later: `latest` no longer finds them, nothing is lost."""
+    for later in complete_checkpoints(checkpoint.parent):
+        if _step(later) > _step(checkpoint):
+            aside = later.with_name(later.name + ".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+
+
+def _step(path):
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def damage(path):
@@ -97,7 +104,7 @@ def damage(path):
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
+        if file.stat().st_size != expected["bytes"] or crc32(file) != expected["crc32"]:
             return f"{name} differs from its checksum"
     return None
 
@@ -128,14 +135,15 @@ def read_state(path):
     return json.loads((path / STATE).read_text())
 
 
-def refuse_other_settings(path, settings):
+def refuse_other_settings(path, settings, may_change):
     """Raise UserError where a checkpoint belongs to a run with other settings.
 
     Args:
         path: the checkpoint; settings: dict of plain values, as the run's `state["settings"]` was saved.
+        may_change: names of settings that may differ.
     """
     before = read_state(path)["settings"]
-    different = [name for name in settings if before.get(name) != settings[name]]
+    different = [name for name in settings if name not in may_change and before.get(name) != settings[name]]
     if different:
         pairs = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in different[:4])
         raise UserError(f"{path} is of another configuration: {pairs}; use the same, or another --output_dir")
@@ -145,24 +153,8 @@ def _seal(folder):
     """Flush every file and list it in the manifest."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _flush(file)
-        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+        flush(file)
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "crc32": crc32(file)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _flush(folder / MANIFEST)
-    _flush(folder)
-
-
-def _flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(path):
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
+    flush(folder / MANIFEST)
+    flush(folder)

@@ -8,9 +8,11 @@ import sys
 BAD_INPUT = 2  # exit code: something the user gave cannot be used
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DEVICE_FULL = (
     "the device is full; halve --per_device_train_batch_size (the global batch stays) or --per_device_eval_batch_size,"
-    " add --auto_find_batch_size or --gradient_checkpointing, or choose a smaller --model_size"
+    " add --auto_find_batch_size or --gradient_checkpointing, choose a smaller --model_size, or a YAML in"
+    " accelerate_configs/ that splits the model"
 )
 
 
@@ -21,7 +23,7 @@ class UserError(Exception):
 
 
 class DivergedError(Exception):
-    """The loss is no longer a number. The message names the step and the last good checkpoint."""
+    """The loss is no longer a number. The message names the step and what to do."""
 
     exit_code = DIVERGED
 
@@ -34,35 +36,44 @@ def run_main(main):
     Raises:
         SystemExit: always, with the exit code.
     """
+    rank = os.environ.get("RANK", "0")
     try:
-        code = _with_named_limits(main)
+        code = main()
     except (UserError, DivergedError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank sees the same bad input; one says so
+        if rank == "0":  # every rank meets the same bad input; one says so
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except (OSError, RuntimeError, MemoryError) as error:
+        fault = limit_reached(error)
+        if fault is None:
+            raise
+        where = "" if rank == "0" else f"process {rank}: "  # a limit may be met by one rank alone
+        print(f"error: {where}{fault}", file=sys.stderr, flush=True)
+        code = BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     sys.exit(code or 0)
 
 
+def limit_reached(error):
+    """What a system error means for the user, in one line: a full device, a full disk, a file that cannot be used.
+
+    Args:
+        error: OSError, RuntimeError or MemoryError.
+    Returns:
+        str, or None where it is none of these and its traceback is wanted.
+    """
+    if is_out_of_memory(error):
+        return DEVICE_FULL
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in DISK_FULL:
+        return f"{error.filename or 'a file'}: {error.strerror}; what was complete is intact: free space, continue"
+    return f"{error.filename}: {error.strerror}; name another path" if error.filename else None
+
+
 def is_out_of_memory(error):
     """Whether an exception says that the device (or the host) is full."""
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
-def _with_named_limits(main):
-    try:
-        return main()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(DEVICE_FULL) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            raise
-        where = error.filename or "the output folder"
-        raise UserError(
-            f"cannot write {where}: {error.strerror}; what was complete before is intact; free space, then continue"
-        ) from error

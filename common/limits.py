@@ -24,7 +24,7 @@ class Limits:
             steps.append(max(1, math.ceil(args.num_train_epochs * rows / args.train_batch_size)))
         self.max_steps = min(steps) if steps else None
         self.args, self.clock, self.state = args, clock, state
-        self.rows_per_shard = max(1, rows // args.shards_per_epoch)
+        self.rows_per_shard = max(args.train_batch_size, rows // args.shards_per_epoch)
 
     @property
     def reached(self):

@@ -34,12 +34,13 @@ def fill_mask_examples(model, tokenizer, validation, number=3, answers=3):
         list of FillMaskExample; shorter where the text has too few suitable sentences.
     """
     model.eval()
+    longest = min(EXAMPLE_TOKENS, model.config.max_position_embeddings - 2)
     examples = []
     number_of_documents = len(validation.lengths)
     documents = permute(np.arange(number_of_documents), number_of_documents, derive_key(0))
     for document in documents[:1000]:
         start, length = int(validation.starts[document]), int(validation.lengths[document])
-        ids = np.asarray(validation.tokens[start : start + min(length, EXAMPLE_TOKENS)], dtype=np.int64)
+        ids = np.asarray(validation.tokens[start : start + min(length, longest)], dtype=np.int64)
         places = [place for place in range(4, len(ids) - 4) if _is_whole_word(tokenizer, ids, place)]
         if len(ids) < EXAMPLE_TOKENS // 2 or not places:
             continue

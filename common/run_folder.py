@@ -1,24 +1,33 @@
 """The folder of a run: whether a new run may be written there, whether an old one is to be continued or is done."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from common.checkpoint import refuse_other_settings, resolve_checkpoint
+from common.arguments import SAID_ON_RESUME
+from common.checkpoint import put_later_checkpoints_aside, refuse_other_settings, resolve_checkpoint
 from common.errors import UserError
 
 ARGUMENTS, RESULTS, METRICS, READINGS = "args.json", "all_results.json", "metrics.jsonl", "clock.f64"
-LIMITS = ("total_training_time", "early_exit_time_marker", "max_train_steps", "num_train_epochs")
 # What a run writes, and so what --overwrite_output_dir may remove; anything else in the folder is left alone.
-OWN_FILES = (ARGUMENTS, RESULTS, METRICS, READINGS, "curves.png", "README.md", "config.json", "model.safetensors*")
-OWN_FILES += ("tokenizer*", "vocab.txt", "special_tokens_map.json", "step_*", "marker_*", "tracker")
+OWN_FILES = (ARGUMENTS, RESULTS, METRICS, READINGS, "curves.png", "README.md", "config.json", "model.safetensors")
+OWN_FILES += ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "tracker")
+OWN_PATTERNS = ("step_*", "marker_*", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
-def new_run_name():
-    """runs/<time>, in the local time zone, to the second."""
-    return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+def make_run_folder():
+    """Create runs/<time>, in the local time zone; runs that start in the same second get a number behind it."""
+    base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    for folder in (base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 1000))):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError(f"{base} and its numbered sisters are all taken: name an --output_dir")
 
 
 def check_run_folder(args):
@@ -27,7 +36,7 @@ def check_run_folder(args):
     Args:
         args: common.arguments.TrainingArguments.
     Raises:
-        UserError: it holds another run, it is a file, or nothing can be written there.
+        UserError: it holds another run or files that a run would replace, it is a file, or cannot be written to.
     """
     if not args.output_dir:
         return
@@ -35,38 +44,60 @@ def check_run_folder(args):
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
-    if holds_run(folder) and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: nothing can be written in {nearest}; name another folder")
+    if args.overwrite_output_dir:
+        return
+    if holds_run(folder):
+        if not args.resume_from_checkpoint:
+            raise UserError(
+                f"--output_dir {folder} holds another run: --resume_from_checkpoint latest continues it, "
+                "--overwrite_output_dir replaces it"
+            )
+    elif files := sorted(path.name for path in own_files(folder)):
         raise UserError(
-            f"--output_dir {folder} holds another run: --resume_from_checkpoint latest continues it, "
-            "--overwrite_output_dir replaces it"
+            f"--output_dir {folder} holds {files[0]}, which a run would replace: name a new folder, or let "
+            "--overwrite_output_dir replace it"
         )
+
+
+def own_files(folder):
+    """The files and folders there that a run writes."""
+    named = [folder / name for name in OWN_FILES if (folder / name).exists()]
+    return named + [path for pattern in OWN_PATTERNS for path in folder.glob(pattern)]
 
 
 def holds_run(folder):
     """Whether a run, finished or not, has been written there."""
-    return any((Path(folder) / name).exists() for name in (ARGUMENTS, RESULTS, METRICS))
+    return any((folder / name).exists() for name in (ARGUMENTS, RESULTS, METRICS))
 
 
 def is_finished(args):
-    """Whether the run to be resumed has reached these limits already."""
-    folder = Path(args.output_dir or ".")
-    if not args.resume_from_checkpoint or not args.output_dir or not (folder / RESULTS).exists():
+    """Whether --resume_from_checkpoint latest finds a run that has reached the limits it is given."""
+    results = Path(args.output_dir or ".") / RESULTS
+    if args.resume_from_checkpoint != "latest" or not results.exists():
         return False
-    before = json.loads((folder / ARGUMENTS).read_text())["training"]
-    return all(before[name] == getattr(args, name) for name in LIMITS)
+    done = json.loads(results.read_text())
+    hours = [hours for hours in (args.total_training_time, args.early_exit_time_marker) if hours is not None]
+    return (
+        (args.max_train_steps is not None and done["train_steps"] >= args.max_train_steps)
+        or (args.num_train_epochs is not None and done["epoch"] >= args.num_train_epochs)
+        or (bool(hours) and done["train_runtime"] >= 3600 * min(hours))
+        or (args.use_early_stopping and done["stop_reason"] == "early stopping")
+    )
 
 
-def open_run_folder(folder, args, settings, facts):
-    """Make the folder ready for a run that begins or continues, and leave its settings in args.json.
+def open_run_folder(folder, args, settings):
+    """Make the folder ready for a run that begins or continues.
 
     What the run replaces goes: with --overwrite_output_dir another run's files, and the leftovers of a run that is
-    begun again for want of a checkpoint.
+    begun again for want of a checkpoint. Checkpoints later than the one it continues from are put aside, since
+    they belong to another continuation.
 
     Args:
         folder: Path.
         args: common.arguments.TrainingArguments.
         settings: dict of plain values that a continued run must share with its checkpoint.
-        facts: dict of what to write down.
     Returns:
         Path of the checkpoint to continue from, or None.
     Raises:
@@ -81,14 +112,23 @@ def open_run_folder(folder, args, settings, facts):
             "starts a new run from its weights, --overwrite_output_dir replaces it"
         )
     if checkpoint is not None:
-        refuse_other_settings(checkpoint, settings)
+        refuse_other_settings(checkpoint, settings, SAID_ON_RESUME)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in OWN_FILES if checkpoint is None else ():
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / RESULTS).unlink(missing_ok=True)  # its presence says that the run is finished
-    (folder / ARGUMENTS).write_text(json.dumps(facts | {"commit": git_commit()}, indent=2, default=str) + "\n")
+    for path in own_files(folder) if checkpoint is None else folder.glob("step_*.writing"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
+        put_later_checkpoints_aside(checkpoint)
     return checkpoint
+
+
+def write_arguments(folder, facts):
+    """Leave what is in force in args.json, and take away the mark of a finished run.
+
+    Args:
+        folder: Path; facts: dict of plain values and dicts of them.
+    """
+    (folder / RESULTS).unlink(missing_ok=True)
+    (folder / ARGUMENTS).write_text(json.dumps(facts | {"commit": git_commit()}, indent=2, default=str) + "\n")
 
 
 def git_commit():

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-ECHO_SECONDS = 2.0  # a launcher passes on the signal that its process group already got; that is not a second one
+ECHO_SECONDS = 1.0  # a launcher passes on the signal that its process group already got; that is not a second one
 
 
 class StopSignals:
@@ -31,7 +31,8 @@ class StopSignals:
         return self._signal
 
     def _on_signal(self, number, _frame):
-        if self._signal and self._now() - self._since > ECHO_SECONDS:
+        echo = self._parent is not None and self._now() - self._since < ECHO_SECONDS
+        if self._signal and not echo:
             os._exit(128 + number)
         if not self._signal:
             self._signal, self._since = number, self._now()

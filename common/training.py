@@ -10,9 +10,10 @@ from common.errors import DivergedError
 from common.parallel.state import consolidated_weights, plain_model
 
 LESS_EXTREME = (
-    "lower --learning_rate, lengthen --warmup_proportion or clip with --max_grad_norm; the last checkpoint is good, "
-    "--resume_from_checkpoint latest goes back to it"
+    "continue with --resume_from_checkpoint latest (or an older step_N) and a lower --learning_rate, a longer "
+    "--warmup_proportion or clipping by --max_grad_norm"
 )
+MOST_UNREAD = 100  # steps whose losses may wait on the device
 
 
 @dataclass
@@ -31,59 +32,84 @@ class TrainState:
 
 
 class StepLog:
-    """Losses and gradient norms since the last log, kept on the device: reading them is the loop's only host sync."""
+    """Losses and gradient norms since the last log. They stay on the device until they are read, which waits for it.
 
-    def __init__(self, accelerator):
+    Args:
+        accelerator: for the mean over processes.
+        totals: what `state` of a checkpoint held: an interval that was begun before it.
+    """
+
+    def __init__(self, accelerator, totals=None):
         self.accelerator = accelerator
-        self._restart()
+        self._restart(**(totals or {}))
 
     def add(self, loss):
         """Take a micro-batch's loss (scalar tensor)."""
         self._micro_losses.append(loss.detach())
 
-    def finish_step(self, grad_norm, tokens):
+    def finish_step(self, step, grad_norm, tokens):
         """Close an optimizer step: its loss is the mean of its micro-batches'.
 
         Args:
+            step: its number.
             grad_norm: scalar tensor, or None where nothing was clipped.
             tokens: real tokens of the step over all processes.
         """
-        self._losses.append(torch.stack(self._micro_losses).mean())
+        loss = torch.stack(self._micro_losses).mean()
+        norm = loss.new_zeros(()) if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
+        self._unread.append((step, torch.stack([loss, norm])))
         self._micro_losses = []
-        if grad_norm is not None:
-            self._grad_norms.append(torch.as_tensor(grad_norm).detach().to(self._losses[-1].device, torch.float32))
-        self._tokens += tokens
+        self.totals["tokens"] += tokens
+        if len(self._unread) >= MOST_UNREAD:
+            self.read()
 
     def paused(self):
         """Context in which time does not count as training (validation, saving)."""
         return _Pause(self)
 
-    def pop(self, last_step):
-        """Averages since the last call, over steps and processes.
+    def read(self):
+        """Add what is on the device to the totals.
 
-        Args:
-            last_step: number of the newest step.
-        Returns:
-            (metrics, interval): loss and, where known, grad_norm; steps, tokens and seconds of training.
         Raises:
             DivergedError: a loss or gradient norm that is NaN or infinite, with its step.
         """
-        losses = self.accelerator.reduce(torch.stack(self._losses), reduction="mean").tolist()  # host sync
-        norms = torch.stack(self._grad_norms).tolist() if self._grad_norms else []
-        first = last_step - len(losses) + 1
-        for what, values in (("loss", losses), ("gradient norm", norms)):
-            for step, value in enumerate(values, first):
+        if not self._unread:
+            return
+        values = self.accelerator.reduce(torch.stack([pair for _, pair in self._unread]), reduction="mean").tolist()
+        for (step, _), (loss, norm) in zip(self._unread, values, strict=True):  # host sync above
+            for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
                     raise DivergedError(f"the {what} became {value} at step {step}: {LESS_EXTREME}")
-        seconds = time.perf_counter() - self._began - self.paused_seconds
-        metrics = {"loss": sum(losses) / len(losses)} | ({"grad_norm": norms[-1]} if norms else {})
-        interval = {"steps": len(losses), "tokens": self._tokens, "seconds": seconds}
+            self.totals["loss"] += loss
+            self.totals["steps"] += 1
+            self.totals["grad_norm"] = norm
+        self._unread = []
+
+    def state(self):
+        """The interval so far, for a checkpoint: a continued run logs the same averages."""
+        self.read()
+        return self.totals | {"seconds": self._seconds()}
+
+    def pop(self):
+        """Averages since the last call, over steps and processes.
+
+        Returns:
+            (metrics, interval): loss and grad_norm (of the last step); steps, tokens and seconds of training.
+        Raises:
+            DivergedError: as read().
+        """
+        interval = self.state()
+        metrics = {"loss": interval.pop("loss") / interval["steps"], "grad_norm": interval.pop("grad_norm")}
         self._restart()
         return metrics, interval
 
-    def _restart(self):
-        self._micro_losses, self._losses, self._grad_norms = [], [], []
-        self._tokens, self._began, self.paused_seconds = 0, time.perf_counter(), 0.0
+    def _seconds(self):
+        return time.perf_counter() - self._began - self.paused_seconds + self.totals["seconds"]
+
+    def _restart(self, **totals):
+        self._micro_losses, self._unread = [], []
+        self.totals = {"loss": 0.0, "grad_norm": 0.0, "steps": 0, "tokens": 0, "seconds": 0.0} | totals
+        self._began, self.paused_seconds = time.perf_counter(), 0.0
 
 
 class _Pause:

@@ -1,45 +1,99 @@
-# Sourced by the run_*.sh scripts, from the repository root: environment, accelerate YAML, memory and thread settings.
+# Sourced by the run_*.sh scripts: environment, accelerate YAML, memory and thread settings, and the launch itself.
 # Usage: source scripts/launch_env.sh
+# Nothing changes the folder: relative paths mean the folder of whoever calls. Empty arrays are written
+# ${a[@]+"${a[@]}"} because bash before 4.4 (macOS) takes them for unset.
 
-bash scripts/setup.sh
-source scripts/memory_env.sh
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$repo/scripts/setup.sh"
+source "$repo/scripts/memory_env.sh"
 python=${FRUGAL_VENV:-.venv}/bin/python
+[[ $python == /* ]] || python=$repo/$python
+launch_flags=()
 
-# The YAML for a name in accelerate_configs/ or a path; without one, what fits the machine.
+# Sets config, processes, precision and role: the YAML for a name in accelerate_configs/ or a path, or without one what
+# fits the machine.
 resolve_config() {
-    local gpus
-    case "$1" in
-        "")
-            gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-            if ((gpus > 1)); then config=accelerate_configs/ddp.yaml launch_flags+=(--num_processes "$gpus")
-            elif ((gpus == 1)); then config=accelerate_configs/single_gpu.yaml
-            else config=accelerate_configs/cpu.yaml; fi ;;
-        *.yaml | *.yml) config=$1 ;;
-        *) config=accelerate_configs/$1.yaml ;;
-    esac
+    local name=$1
+    count_gpus
+    if [[ -z $name ]]; then
+        if ((gpus > 1)); then name=ddp; elif ((gpus == 1)); then name=single_gpu; else name=cpu; fi
+    fi
+    config=$repo/accelerate_configs/$name.yaml
+    [[ -f $config ]] || config=$name
     if [[ ! -f $config ]]; then
-        echo "error: accelerate config '$1' not found: give a file, or one of" \
-            "$(cd accelerate_configs && echo *.yaml | sed 's/\.yaml//g')" >&2
+        echo "error: accelerate config '$name' not found: give a file, or one of" \
+            "$(cd "$repo/accelerate_configs" && echo *.yaml | sed 's/\.yaml//g')" >&2
         exit 2
+    fi
+    processes=$(yaml_value num_processes)
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || processes=1
+    precision=$(yaml_value mixed_precision)
+    role=$(yaml_value role)
+    if [[ -z $1 ]] && ((gpus > 1)); then
+        processes=$gpus
+        launch_flags+=(--num_processes "$gpus")
+    fi
+}
+
+# A value of the YAML, without quotes and comment.
+yaml_value() {
+    sed -n "s/^ *$1: *//p" "$config" | sed "s/#.*//; s/[[:space:]]*$//; s/^[\"']//; s/[\"']$//" | head -n 1
+}
+
+# Sets gpus: whole GPUs (not the MIG parts of one), as far as CUDA may see them.
+count_gpus() {
+    local visible
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^ *[0-9GM]' || true) # numbers, GPU-… and MIG-…
+        if ((visible < gpus)); then gpus=$visible; fi
     fi
 }
 
 # bf16 products are emulated, tens of times slower, on a CPU without instructions for them.
 choose_cpu_precision() {
-    grep -q '^mixed_precision: bf16' "$config" && grep -qs '^flags' /proc/cpuinfo || return 0
-    grep -q 'role: cpu' "$config" || ! command -v nvidia-smi >/dev/null || return 0
+    [[ $precision == bf16 && -r /proc/cpuinfo ]] && grep -q '^flags' /proc/cpuinfo || return 0
+    [[ $role == cpu ]] || ((gpus == 0)) || return 0
     if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
         echo "This CPU has no bf16 instructions: training in fp32 instead of $config's bf16."
+        precision=no
         launch_flags+=(--mixed_precision no)
     fi
 }
 
 # accelerate would give a worker one thread, or say that it chose for us.
 choose_threads() {
-    local cores processes
-    [[ -n ${OMP_NUM_THREADS:-} ]] && return 0
-    cores=$(lscpu -p=core,socket 2>/dev/null | grep -v '^#' | sort -u | wc -l || true)
-    ((cores > 0)) || cores=$(getconf _NPROCESSORS_ONLN)
-    processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$config")
-    launch_flags+=(--num_cpu_threads_per_process "$((cores > ${processes:-1} ? cores / ${processes:-1} : 1))")
+    local cores physical
+    [[ -z ${OMP_NUM_THREADS:-} ]] || return 0
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows what a container or taskset leaves
+    physical=$(lscpu -p=core,socket 2>/dev/null | grep '^[0-9]' | sort -u | wc -l || true) # without hyper-threads
+    if ((physical > 0 && physical < cores)); then cores=$physical; fi
+    launch_flags+=(--num_cpu_threads_per_process "$((cores > processes ? cores / processes : 1))")
+}
+
+# check_then_launch script.py arguments...   Bad input ends in the check, with exit code 2: the launcher would make it 1.
+check_then_launch() {
+    local script=$repo/$1 word
+    shift
+    trap 'stop_check 143' TERM
+    trap 'stop_check 130' INT
+    WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
+        "$python" "$script" "$@" --check_arguments & # in the background, as bash hears signals only while it waits
+    wait "$!" || exit
+    trap - TERM INT
+    for word in "$@"; do
+        if [[ $word == --overwrite_cache || $word == --overwrite_cache=* ]]; then
+            set -- "$@" --overwrite_cache false # the check has done it
+            break
+        fi
+    done
+    exec "$python" -m accelerate.commands.launch --config_file "$config" ${launch_flags[@]+"${launch_flags[@]}"} \
+        "$script" "$@"
+}
+
+# TERM for either signal: what bash starts in the background ignores INT.
+stop_check() {
+    kill $(jobs -p) 2>/dev/null || true
+    wait
+    exit "$1"
 }

@@ -5,23 +5,34 @@
 #   hours               the budget                                 (default: 0.0833, five minutes)
 #   model               tiny mini small medium base large, or weights to continue from: folder or hub name
 #                                                                  (default: mini, 4 layers of 256)
-#   data                embedded (documentation of the installed Python packages), a text file, folder or glob,
+#   data                embedded (documentation of the installed Python packages), a text file, folder or quoted glob,
 #                       prepared token files, or a dataset on the hub   (default: embedded)
-#   extra flags         any flag of run_pretraining.py; the first argument that begins with - ends the positional ones
+#   extra flags         any flag of run_pretraining.py (--help lists them); the first argument that begins with - ends
+#                       the positional ones
+# Relative paths, and the default output runs/<time>, are relative to the folder you stand in.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts=$(dirname "${BASH_SOURCE[0]}")
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+for word in "$@"; do
+    if [[ $word == --help || $word == -h ]]; then
+        usage
+        source "$scripts/launch_env.sh"
+        exec "$python" "$repo/run_pretraining.py" --help
+    fi
+done
+FRUGAL_COMMAND="bash scripts/run_pretraining.sh${1+$(printf ' %q' "$@")}" # for the model card
+export FRUGAL_COMMAND
 positional=()
 while (($#)) && [[ $1 != -* ]]; do positional+=("$1") && shift; done
 if ((${#positional[@]} > 4)); then
-    echo "error: too many arguments: ${positional[4]}" >&2
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    echo "error: too many arguments: ${positional[4]} (is a glob not quoted?)" >&2
+    usage >&2
     exit 2
 fi
-if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then sed -n '2,11s/^# \{0,1\}//p' "$0"; fi
 
-source scripts/launch_env.sh
-launch_flags=()
+source "$scripts/launch_env.sh"
 resolve_config "${positional[0]:-}"
 choose_cpu_precision
 choose_threads
@@ -34,11 +45,10 @@ case "${positional[2]:-}" in
     *) flags+=(--model_name_or_path "${positional[2]}") ;;
 esac
 data=${positional[3]:-embedded}
+looks_like_files='^\.{0,2}/|/$|[*?[]|\.(txt|json|jsonl|parquet|gz|bz2|xz|zst)$' # where none are, the error names them
 if [[ $data == embedded ]]; then :
 elif [[ -f $data.bin || -f $data/train.bin ]]; then flags+=(--dataset_path "$data")
-elif [[ -e $data ]] || compgen -G "$data" >/dev/null; then flags+=(--train_file "$data")
+elif [[ -e $data || $data =~ $looks_like_files ]]; then flags+=(--train_file "$data")
 else flags+=(--dataset_name "$data"); fi
 
-"$python" run_pretraining.py "${flags[@]}" "$@" --check_arguments # bad input ends here, with exit code 2
-exec "$python" -m accelerate.commands.launch --config_file "$config" "${launch_flags[@]}" \
-    run_pretraining.py "${flags[@]}" "$@"
+check_then_launch run_pretraining.py ${flags[@]+"${flags[@]}"} "$@"

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.checkpoint import latest_checkpoint
 from harness import REPOSITORY
@@ -166,3 +166,67 @@ def test_a_full_disk_keeps_the_last_checkpoint(harness, tiny_corpus, cache, tmp_
 def test_check_arguments_prepares_and_stops(harness, tiny_corpus, tmp_path, out):
     harness.run(*train_on(tiny_corpus, tmp_path / "cache", out, "--check_arguments")).check()
     assert not out.exists() and next((tmp_path / "cache").glob("tiny-*/train.bin"))
+
+
+def test_a_folder_with_files_of_ones_own(harness, tiny_corpus, cache, out):
+    out.mkdir()
+    for name in ("README.md", "vocab.txt"):
+        (out / name).write_text("precious")
+    (out / "tokenizer_notes").mkdir()
+    refuse(harness, small_run(tiny_corpus, cache, out, steps=2), "README.md", "--overwrite_output_dir")
+    assert (out / "vocab.txt").read_text() == "precious"
+    harness.run(*small_run(tiny_corpus, cache, out, "--overwrite_output_dir", steps=2)).check()
+    assert (out / "tokenizer_notes").is_dir()
+
+
+def test_a_clock_that_cannot_be_replayed_costs_nothing(harness, tiny_corpus, cache, tmp_path, out):
+    harness.run(*small_run(tiny_corpus, cache, out, steps=2)).check()
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = ["--overwrite_output_dir", "--replay_clock"]
+    refuse(harness, small_run(tiny_corpus, cache, out, *again, tmp_path / "none", steps=2), "--replay_clock", "none")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == kept
+    harness.run(*small_run(tiny_corpus, cache, out, *again, out / "clock.f64", steps=2)).check()
+
+
+@pytest.mark.parametrize("place", ["/proc/frugal", "/sys/frugal", "x" * 300])
+def test_places_where_nothing_can_be_written(harness, tiny_corpus, cache, place):
+    refuse(harness, small_run(tiny_corpus, cache, place, steps=2), place)
+
+
+@pytest.mark.parametrize("fault", ["no weights", "truncated weights", "other task"])
+def test_weights_that_are_damaged(harness, tiny_corpus, cache, tmp_path, out, fault):
+    donor = tmp_path / "donor"
+    harness.run(*small_run(tiny_corpus, cache, donor, steps=1)).check()
+    file = donor / "model.safetensors"
+    if fault == "no weights":
+        file.unlink()
+    elif fault == "truncated weights":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        kept = {name: weight for name, weight in load_file(file).items() if "cls" not in name}
+        save_file(kept, file, {"format": "pt"})
+    words = [word for word in small_run(tiny_corpus, cache, out, steps=1)]
+    del words[1:9]  # the shape
+    refuse(harness, [*words, "--model_name_or_path", donor], "--model_name_or_path", donor)
+
+
+def test_a_model_with_few_positions_finishes(harness, tiny_corpus, cache, out):
+    words = small_run(tiny_corpus, cache, out, "--max_position_embeddings", 16, steps=2)
+    words[words.index("--max_seq_length") + 1] = 16
+    harness.run(*words).check()
+    assert results(out)["train_steps"] == 2
+
+
+def test_check_arguments_sees_what_the_launcher_would(harness, tiny_corpus, cache, tmp_path, out):
+    words = [*train_on(tiny_corpus, cache, out), "--check_arguments"]
+    harness.run(*words).check()
+    for flags, env, named in (
+        (["--train_batch_size", 9, "--per_device_train_batch_size", 2], {}, "--train_batch_size 9"),
+        (["--train_batch_size", 7], {"WORLD_SIZE": "2"}, "--train_batch_size 7"),
+        ([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "--fp32 contradicts"),
+        (["--resume_from_checkpoint", tmp_path / "none"], {}, "does not exist"),
+        (["--replay_clock", tmp_path / "none"], {}, "--replay_clock"),
+        (["--report_to", "wandb"], {}, "--report_to wandb"),
+    ):
+        result = harness.run(*words, *flags, env=env).check(2)
+        assert named in result.stderr and not out.exists(), result.stderr

@@ -33,7 +33,7 @@ def test_due_is_the_multiples_in_between():
     assert not due(0, 9, None) and not due(0, 9, 0) and not due(0, 9, -1)
 
 
-@pytest.mark.parametrize("batch", [10, 64, 100])
+@pytest.mark.parametrize("batch", [10, 64, 100])  # up to the 100 rows of a shard
 def test_validation_follows_extremeberts_schedule_in_shards(batch):
     """A shard is 1/256 of the rows; each first, tenth or second one is validated, by the share of the budget."""
     steps = 25_600 // batch
@@ -93,13 +93,13 @@ def test_the_schedule_follows_time_or_steps():
 
 
 def test_checkpoints_by_steps_minutes_and_shards():
-    run = limits(checkpointing_steps=3, num_epochs_between_checkpoints=-1)
+    run = limits(checkpointing_steps=3)
     run.state.completed_steps = 3
     assert run.checkpoint_due(0, 0)
     run = limits(clock=Clock(0.34), checkpointing_minutes=10)
     run.state.completed_steps = 1
     assert run.checkpoint_due(0, 0.33) and not run.checkpoint_due(0, 0.335)
-    run = limits(num_epochs_between_checkpoints=2)
+    run = limits(num_epochs_between_checkpoints=2, checkpointing_minutes=0)
     run.state.completed_steps, run.state.consumed_rows = 1, 201
     assert run.checkpoint_due(199, 0) and not run.checkpoint_due(200, 0)
 

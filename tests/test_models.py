@@ -19,8 +19,8 @@ FAMILIES = ["post-ln", "pre-ln"]
 class Tokenizer:
     pad_token_id = 0
 
-    def __len__(self):
-        return VOCABULARY
+    def get_vocab(self):
+        return {str(token): token for token in range(VOCABULARY)}
 
 
 def build(mode="post-ln", attention="sdpa", packing="documents", **changes):

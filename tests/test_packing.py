@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.packing import ConcatenatedRows, DocumentRows, build_rows, histogram_pack
+from common.data.ranges import ranges, window
 from common.errors import UserError
 from plain import TOKENIZER, token_file
 
@@ -83,6 +84,56 @@ def test_a_plan_is_reused(tmp_path):
     second = DocumentRows(file, TOKENIZER, 16, tmp_path).build(np.arange(4))
     assert plan.stat().st_mtime_ns == written
     assert all((first[name] == second[name]).all() for name in first)
+    assert [path.name for path in tmp_path.iterdir()] == [plan.parent.name]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "row_ends.bin", "row_tokens.bin", "starts.bin", "lengths.bin"])
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_damaged_plan_is_made_again(tmp_path, name, damage):
+    file = token_file([30, 5, 5, 12])
+    DocumentRows(file, TOKENIZER, 16, tmp_path)
+    path = next(tmp_path.glob("rows-*")) / name
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-1])
+    rows = DocumentRows(file, TOKENIZER, 16, tmp_path)
+    batch = rows.build(np.arange(len(rows)))
+    assert sorted(batch["input_ids"][batch["maskable"]].tolist()) == file.tokens.tolist()
+    assert path.read_bytes() == whole
+
+
+def test_a_plan_that_cannot_be_put_in_place_is_no_success(tmp_path):
+    file = token_file([30, 5, 5, 12])
+    DocumentRows(file, TOKENIZER, 16, tmp_path)
+    folder = next(tmp_path.glob("rows-*"))
+    folder.rename(tmp_path / "aside")
+    folder.write_text("a file in its place")
+    with pytest.raises(OSError):
+        DocumentRows(file, TOKENIZER, 16, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", folder.name]
+
+
+def test_a_plan_of_many_blocks_uses_every_token_once(tmp_path, monkeypatch):
+    file = token_file([30, 5, 0, 5, 100, 12, 1, 1, 1, 40])
+    monkeypatch.setattr("common.data.packing.BLOCK_SEGMENTS", 4)  # the document of 100 tokens is in three of them
+    rows = DocumentRows(file, TOKENIZER, 16, tmp_path)
+    everything = np.arange(len(rows))
+    batch = rows.build(everything)
+    assert sorted(batch["input_ids"][batch["maskable"]].tolist()) == file.tokens.tolist()
+    assert (rows.text_tokens(everything) == batch["maskable"].sum(axis=1)).all()
+    assert (rows.real_tokens(everything) == (batch["document_ids"] > 0).sum(axis=1)).all()
+
+
+@given(st.data(), st.lists(st.integers(0, 9), min_size=1).filter(any))
+def test_a_window_holds_what_lies_inside(data, sizes):
+    first = data.draw(st.integers(0, sum(sizes) - 1))
+    last = data.draw(st.integers(first + 1, sum(sizes)))
+    everything = [(number, place) for number, size in enumerate(sizes) for place in range(size)]
+    piece, skipped, size = window(np.concatenate([[0], np.cumsum(sizes)]), first, last)
+    inside = zip(np.repeat(piece, size).tolist(), ranges(skipped, size).tolist(), strict=True)
+    assert list(inside) == everything[first:last]
 
 
 def test_less_than_one_row_is_refused(tmp_path):

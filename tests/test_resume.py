@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from common.checkpoint import complete_checkpoints, latest_checkpoint
-from pretraining import assert_same_run, losses, results, small_run, training_rows, wait_for_step
+from common.report import read_metrics
+from harness import REPOSITORY
+from pretraining import SCRIPT, assert_same_run, losses, results, small_run, training_rows, wait_for_step
 
 DROPOUT = ["--hidden_dropout_prob", 0.1, "--attention_probs_dropout_prob", 0.1]
 
@@ -67,7 +69,7 @@ def test_killed_while_saving_and_continued(harness, whole, tiny_corpus, cache, o
     wait_for_step(process, out, 30)
     process.kill_group()
     process.wait()
-    newest, older = complete_checkpoints(out)
+    newest, older = complete_checkpoints(out)[:2]
     (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-7])
     shutil.copytree(older, out / "step_9999.writing")
     assert latest_checkpoint(out) == older
@@ -97,7 +99,7 @@ def test_a_second_signal_exits_at_once(harness, tiny_corpus, cache, out):
     process.wait_for_output("model:")
     wait_a_while(process, 1)
     process.signal(signal.SIGTERM)
-    wait_a_while(process, 2.5)
+    wait_a_while(process, 0.2)
     assert process.poll() is None, "the step was meant to be slow"
     process.signal(signal.SIGTERM)
     assert process.wait(timeout=60).returncode == 143
@@ -137,7 +139,7 @@ def test_other_settings_are_refused_by_name(harness, tiny_corpus, cache, out):
     harness.run(*small_run(tiny_corpus, cache, out, "--checkpointing_steps", 2, steps=3)).check()
     kept = (out / "metrics.jsonl").read_text()
     for flags, named in (
-        (["--learning_rate", 5e-4], "learning_rate 0.001 (now 0.0005)"),
+        (["--adam_beta2", 0.9], "adam_beta2 0.98 (now 0.9)"),
         (["--seed", 3], "seed 42 (now 3)"),
         (["--hidden_size", 64], "hidden_size 32 (now 64)"),
         (["--tokenizer_train_vocab_size", 500], "corpus"),
@@ -146,3 +148,74 @@ def test_other_settings_are_refused_by_name(harness, tiny_corpus, cache, out):
         result = harness.run(*words).check(2)
         assert named in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert (out / "metrics.jsonl").read_text() == kept
+
+
+def test_a_stop_between_two_logs_and_validations_changes_no_row(harness, tiny_corpus, cache, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--logging_steps", 7, "--eval_steps", 1]
+    harness.run(*small_run(tiny_corpus, cache, whole, *flags, steps=60)).check()
+    words = small_run(tiny_corpus, cache, stopped, *flags, steps=60)
+    process = harness.start(*words)
+    wait_for_step(process, stopped, 14)
+    process.signal(signal.SIGTERM)
+    assert process.wait().returncode == 143
+    harness.run(*words, "--resume_from_checkpoint", "latest").check()
+    assert_same_run(whole, stopped)
+    evaluations = [
+        [(row["step"], row["eval_loss"]) for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row]
+        for out in (whole, stopped)
+    ]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 60
+
+
+def test_going_back_to_an_older_checkpoint(harness, tiny_corpus, cache, out):
+    """Later checkpoints are put aside, so that `latest` finds the new continuation."""
+    flags = ["--checkpointing_steps", 4, "--save_total_limit", 5]
+    harness.run(*small_run(tiny_corpus, cache, out, *flags, steps=12)).check()
+    (out / "step_99.writing").mkdir()
+    back = small_run(tiny_corpus, cache, out, *flags, "--resume_from_checkpoint", out / "step_4", steps=7)
+    harness.run(*back).check()
+    assert max(losses(out)) == 7 and latest_checkpoint(out).name == "step_7"
+    assert sorted(path.name for path in out.glob("step_*")) == [
+        "step_12.superseded",
+        "step_4",
+        "step_7",
+        "step_8.superseded",
+    ]
+
+
+def test_after_a_loss_that_is_no_number_a_lower_rate_continues(harness, tiny_corpus, cache, out):
+    flags = ["--max_grad_norm", 0, "--checkpointing_steps", 1, "--save_total_limit", 9, "--curve", "constant"]
+    words = small_run(tiny_corpus, cache, out, *flags, steps=10)
+    harness.run(*words, "--learning_rate", 1e20, "--warmup_proportion", 0.5).check(3)
+    good = out / "step_1"  # the first step of a warm-up has a rate of 0
+    result = harness.run(*words, "--learning_rate", 1e-3, "--resume_from_checkpoint", good).check()
+    assert "note: learning_rate is now 0.001; it was 1e+20" in result.stdout
+    assert "note: warmup_proportion is now 0.06" in result.stdout
+    assert results(out)["train_steps"] == 10
+
+
+def test_a_finished_run_and_shorter_limits(harness, tiny_corpus, cache, out):
+    harness.run(*small_run(tiny_corpus, cache, out, steps=4)).check()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    words = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest", steps=3)
+    assert "finished" in harness.run(*words).check().stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    wrong = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", out / "step_3", steps=4)
+    assert "does not exist" in harness.run(*wrong).check(2).stderr
+    for path in out.glob("step_*"):
+        shutil.rmtree(path)
+    longer = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest", steps=9)
+    assert "finished run without a checkpoint" in harness.run(*longer).check(2).stderr
+    assert results(out)["train_steps"] == 4
+
+
+def test_runs_that_start_in_the_same_second_have_their_own_folders(harness, tiny_corpus, cache, tmp_path):
+    words = [str(REPOSITORY / SCRIPT), *small_run(tiny_corpus, cache, "unused", steps=2)[1:]]
+    at = words.index("--output_dir")
+    del words[at : at + 2]
+    runs = [harness.start(*words, cwd=tmp_path) for _ in range(2)]
+    for run in runs:
+        run.wait().check()
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 2 and all(results(folder)["train_steps"] == 2 for folder in folders)

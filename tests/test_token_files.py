@@ -17,7 +17,7 @@ def write(prefix, documents=DOCUMENTS, dtype=np.uint16):
     with TokenFileWriter(prefix, dtype) as writer:
         writer.append(np.array(sum(documents[:2], []), dtype), [len(document) for document in documents[:2]])
         writer.append(np.array(sum(documents[2:], []), dtype), [len(document) for document in documents[2:]])
-        writer.finish({"tokenizer_name": "none"})
+        writer.finish({"tokenizer_name": "none", "tokenizer_fingerprint": "0"})
     return prefix
 
 
@@ -83,11 +83,52 @@ def test_subset_shares_tokens_and_keeps_sequences_together(tmp_path):
     assert documents_of(token_file.subset(np.array([1]))) == [DOCUMENTS[2]]
 
 
+def plain_counts(documents, size):
+    return [sum(document.count(token) for document in documents) for token in range(size)]
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 1 << 20])
+def test_tokens_are_counted_in_the_documents_of_a_view_alone(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("common.data.token_files.BLOCK_TOKENS", block)
+    documents = [[1, 2, 2], [3], [4, 4, 1, 5], [], [2, 5]]
+    token_file = TokenFile(write(tmp_path / "a", documents))
+    for chosen in ([0, 1, 2, 3, 4], [0, 1], [0, 2], [1, 3, 4], [2], [3], []):
+        view = token_file.subset(np.array(chosen, np.int64))
+        counts = view.token_counts(7)
+        assert counts.dtype == np.int64
+        assert counts.tolist() == plain_counts([documents[number] for number in chosen], 7)
+    view = token_file.subset(np.array([0, 2, 4]))
+    for most in range(10):
+        first = [1, 2, 2, 4, 4, 1, 5, 2, 5][:most]
+        assert view.token_counts(7, most).tolist() == plain_counts([first], 7)
+
+
 def test_nothing_is_left_of_an_unfinished_file(tmp_path):
     with pytest.raises(KeyError), TokenFileWriter(tmp_path / "a", np.uint16) as writer:
         writer.append(np.array([1, 2], np.uint16), [2])
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+def change(**changes):
+    """Edit of a .json; None removes a key."""
+
+    def edit(content):
+        metadata = {**json.loads(content), **changes}
+        return json.dumps({key: value for key, value in metadata.items() if value is not None}).encode()
+
+    return edit
+
+
+def put(at, form, value):
+    """Edit of an .idx: a number at a place."""
+
+    def edit(content):
+        content = bytearray(content)
+        struct.pack_into(form, content, at, value)
+        return bytes(content)
+
+    return edit
 
 
 def flip(at):
@@ -112,9 +153,25 @@ def flip(at):
         ("idx", flip(9), "version 0"),
         ("idx", flip(17), "type code 9"),
         ("idx", flip(-1), "damaged"),
-        ("idx", flip(34), "checksum"),
+        ("idx", flip(34), "num_tokens is 7, but 8"),
+        ("idx", put(46, "<q", 2), "checksum"),
+        ("idx", put(18, "<Q", 2), "its size does not fit its 2 sequences"),
+        ("idx", put(26, "<Q", 3), "its size does not fit"),
+        ("idx", lambda content: put(26, "<Q", 3)(content)[:-8], "damaged"),
+        ("idx", lambda content: put(26, "<Q", 0)(content)[:-32], "damaged"),
+        ("idx", lambda content: put(26, "<Q", 5)(content) + content[-8:], "num_documents is 4, but 3"),
+        ("idx", put(34, "<i", -1), "damaged"),
+        ("idx", put(17, "<B", 3), "dtype is int16, but uint16"),
         ("json", lambda content: content[:40], "does not describe"),
         ("json", lambda content: b"[]", "does not describe"),
+        ("json", lambda content: b"\xff", "does not describe"),
+        ("json", change(format=None), "does not describe"),
+        ("json", change(checksums=None), "checksums"),
+        ("json", change(checksums={"bin": 1}), "checksums"),
+        ("json", change(checksums=[1, 2]), "checksums"),
+        ("json", change(tokenizer_fingerprint=None), "tokenizer_fingerprint"),
+        ("json", change(tokenizer_name=5), "tokenizer_name"),
+        ("json", change(num_documents="3"), "num_documents"),
         ("json", lambda content: content.replace(b"tokens-1", b"tokens-9"), "tokens-9"),
     ],
 )
@@ -124,6 +181,14 @@ def test_damage_is_found(tmp_path, kind, edit, said):
     with pytest.raises(UserError) as caught:
         TokenFile(tmp_path / "a").verify()
     assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("position", [16, 2**63 - 2])
+def test_positions_beyond_the_end_are_refused(tmp_path, position):
+    path = write(tmp_path / "a").with_suffix(".idx")
+    path.write_bytes(put(46, "<q", position)(path.read_bytes()))
+    with pytest.raises(UserError, match="a.bin: shorter than its index says"):
+        TokenFile(tmp_path / "a")
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])

@@ -124,6 +124,14 @@ def test_vocabulary_size_is_an_upper_limit():
         train_wordpiece(["text"], 20)
 
 
+def test_a_vocabulary_with_gaps_needs_its_largest_id(tmp_path):
+    vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)} | {"cat": 5, "mat": 900}
+    BertTokenizer(vocab=vocab).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("cat mat", add_special_tokens=False).input_ids == [5, 900]
+    assert vocabulary_size(tokenizer) == 901 and len(tokenizer) == 7
+
+
 def test_text_never_becomes_a_special_token():
     tokenizer = train_wordpiece([topics["lists"], "[ ] sep mask cls"] * 3, 300)
     text = "a [SEP] b [MASK] c [CLS]"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from common.data.masking import derive_key, mask_rows, permute, targets_per_row
+from common.data.tokenizers import vocabulary_size
 
 EVAL_SEED = 0x5EED  # validation masks are the same for every run, whatever its seed
 EVAL_PROBABILITY = 0.15  # and so is their rate, so that losses can be compared
@@ -29,7 +30,7 @@ class Masking:
 
     @classmethod
     def for_tokenizer(cls, tokenizer, probability):
-        return cls(probability, len(tokenizer), tokenizer.mask_token_id)
+        return cls(probability, vocabulary_size(tokenizer), tokenizer.mask_token_id)
 
 
 class TrainBatches:

@@ -8,15 +8,19 @@ A segment is a piece of one document between [CLS] and [SEP]; a row holds whole 
 import json
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from common.data.ranges import ranges, window
 from common.errors import UserError
+from common.files import flush
 
 SPECIALS = 2  # [CLS] and [SEP] around every segment
-BLOCK_SEGMENTS = 1 << 20  # packed together; bounds the memory of planning, whatever the corpus size
-PLAN_FORMAT = 1
+BLOCK_SEGMENTS = 1 << 20  # packed together; beside the documents' lengths, planning needs memory for one block
+PLAN_FORMAT = 2
+PLAN_FILES = {"row_ends": "<i8", "row_tokens": "<i4", "starts": "<i8", "lengths": "<i4"}  # name.bin and its dtype
 
 
 def histogram_pack(lengths, capacity):
@@ -93,9 +97,9 @@ class DocumentRows:
         self.tokens, self.seq_length = token_file.tokens, seq_length
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         folder = Path(cache_folder) / f"rows-{seq_length}-v{PLAN_FORMAT}"
-        if not (folder / "plan.json").exists():
+        if not _is_whole(folder):
             _write_plan(token_file, seq_length, folder)
-        load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
+        load = lambda name: np.memmap(folder / f"{name}.bin", PLAN_FILES[name], mode="r")  # noqa: E731
         self.row_ends, self.row_tokens = load("row_ends"), load("row_tokens")
         self.starts, self.lengths = load("starts"), load("lengths")
 
@@ -121,22 +125,22 @@ class DocumentRows:
         """
         first, last = self._segment_range(rows)
         per_row = last - first
-        segment = _ranges(first, per_row)  # [g] segments of these rows, row by row
+        segment = ranges(first, per_row)  # [g] segments of these rows, row by row
         row = np.repeat(np.arange(len(rows)), per_row)
         starts, lengths = self.starts[segment], self.lengths[segment].astype(np.int64)
         full = lengths + SPECIALS
         ends = np.cumsum(full)
         before_row = np.concatenate([[0], ends[np.cumsum(per_row) - 1]])[:-1]  # tokens in earlier rows of the batch
         offset = row * self.seq_length + (ends - full - before_row[row])  # where each segment begins, flat
-        within = _ranges(np.zeros_like(full), full)  # position inside the segment
+        within = ranges(np.zeros_like(full), full)  # position inside the segment
         place = np.repeat(offset, full) + within
 
         shape = (len(rows), self.seq_length)
         input_ids = np.full(shape, self.pad_id, dtype=np.int64)
         position_ids, document_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         maskable = np.zeros(shape, dtype=bool)
-        text = np.repeat(offset + 1, lengths) + _ranges(np.zeros_like(lengths), lengths)
-        input_ids.ravel()[text] = self.tokens[_ranges(starts, lengths)]
+        text = np.repeat(offset + 1, lengths) + ranges(np.zeros_like(lengths), lengths)
+        input_ids.ravel()[text] = self.tokens[ranges(starts, lengths)]
         input_ids.ravel()[offset] = self.cls_id
         input_ids.ravel()[offset + full - 1] = self.sep_id
         position_ids.ravel()[place] = within
@@ -224,40 +228,61 @@ def build_rows(token_file, tokenizer, seq_length, packing, cache_folder):
     return DocumentRows(token_file, tokenizer, seq_length, cache_folder)
 
 
-def _ranges(starts, lengths):
-    """Concatenation of arange(start, start + length) for each pair, without a Python loop."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+def _is_whole(folder):
+    """Whether a folder holds a plan, with all of each file."""
+    try:
+        counts = json.loads((folder / "plan.json").read_text())["counts"]
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in PLAN_FILES}
+        return all(sizes[name] == counts[name] * np.dtype(dtype).itemsize for name, dtype in PLAN_FILES.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write_plan(token_file, seq_length, folder):
     """Cut documents into segments, pack them block by block, and leave the plan complete or not at all."""
-    room = seq_length - SPECIALS
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    parts = {"row_ends": [], "row_tokens": [], "starts": [], "lengths": []}
-    done = 0
-    documents = np.flatnonzero(np.asarray(token_file.lengths) > 0)
-    pieces = -(-token_file.lengths[documents].astype(np.int64) // room)
-    for chosen in np.split(documents, np.flatnonzero(np.diff(np.cumsum(pieces) // BLOCK_SEGMENTS)) + 1):
-        length = token_file.lengths[chosen].astype(np.int64)
-        number = -(-length // room)
-        offset = _ranges(np.zeros_like(number), number) * room
-        starts = np.repeat(token_file.starts[chosen], number) + offset
-        lengths = np.minimum(np.repeat(length, number) - offset, room)
-        order, row_ends = histogram_pack(lengths + SPECIALS, seq_length)
-        used = np.concatenate([[0], np.cumsum(lengths[order] + SPECIALS)])[np.concatenate([[0], row_ends])]
-        parts["starts"].append(starts[order])
-        parts["lengths"].append(lengths[order].astype(np.int32))
-        parts["row_ends"].append(row_ends + done)
-        parts["row_tokens"].append(np.diff(used).astype(np.int32))
-        done += len(order)
-    for name, blocks in parts.items():
-        np.save(temporary / f"{name}.npy", np.concatenate(blocks))
-    rows = sum(len(block) for block in parts["row_ends"])
-    (temporary / "plan.json").write_text(json.dumps({"rows": rows, "segments": done, "seq_length": seq_length}))
     try:
-        temporary.rename(folder)
-    except OSError:  # another run was faster; its plan is the same
-        shutil.rmtree(temporary)
+        counts = dict.fromkeys(PLAN_FILES, 0)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in PLAN_FILES}
+            for block in _plan_blocks(token_file, seq_length):
+                for name, dtype in PLAN_FILES.items():
+                    files[name].write(block[name].astype(dtype).data)  # tofile would not say that the disk is full
+                    counts[name] += len(block[name])
+            for file in files.values():
+                flush(file)
+        (temporary / "plan.json").write_text(json.dumps({"seq_length": seq_length, "counts": counts}))
+        flush(temporary / "plan.json")
+        flush(temporary)
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _is_whole(folder):  # otherwise another run was faster; its plan is the same
+                raise
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan_blocks(token_file, seq_length):
+    """Yield the plan in parts: dicts of arrays that continue those of the part before."""
+    room = seq_length - SPECIALS
+    pieces = -(-token_file.lengths.astype(np.int64) // room)  # segments of each document
+    bounds = np.concatenate([[0], np.cumsum(pieces)])
+    for first in range(0, int(bounds[-1]), BLOCK_SEGMENTS):
+        last = min(first + BLOCK_SEGMENTS, int(bounds[-1]))
+        document, skipped, number = window(bounds, first, last)
+        offset = ranges(skipped, number) * room
+        starts = np.repeat(token_file.starts[document], number) + offset
+        lengths = np.minimum(np.repeat(token_file.lengths[document], number) - offset, room)
+        order, row_ends = histogram_pack(lengths + SPECIALS, seq_length)
+        tokens_before = np.concatenate([[0], np.cumsum(lengths[order] + SPECIALS)])
+        yield {
+            "row_ends": row_ends + first,
+            "row_tokens": np.diff(tokens_before[np.concatenate([[0], row_ends])]),
+            "starts": starts[order],
+            "lengths": lengths[order],
+        }

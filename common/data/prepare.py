@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.data.documents import BadRecords
+from common.data.masking import random_bits
 from common.data.sources import Source, choose_source, hold_out_limit, labelled_documents
-from common.data.token_files import CHUNK_BYTES, TokenFile, TokenFileWriter, token_dtype
+from common.data.token_files import BLOCK_TOKENS, TokenFile, TokenFileWriter, token_dtype
 from common.data.tokenizers import load_tokenizer, tokenizer_fingerprint, train_wordpiece, vocabulary_size
 from common.data.tokenizing import BATCH_CHARACTERS, tokenize
 from common.errors import UserError
@@ -59,19 +60,15 @@ def prepare_corpus(data_args, say: Callable[[str], None] = print) -> PreparedCor
     Several processes may call this at once; one prepares and the others wait for it.
 
     Args:
-        data_args: the data flags (common/arguments.py). `cache_dir` None means runs/cache, and Hugging Face's own
-            cache for downloads; `max_train_documents` reads the first documents alone, before any are held out.
+        data_args: the data flags, already checked (common/arguments.py). `cache_dir` None means runs/cache, and
+            Hugging Face's own cache for downloads; `max_train_documents` reads the first documents alone, before any
+            are held out.
         say: called with a line of text now and then.
     Returns:
         Token files with one sequence per document, without special tokens.
     Raises:
         UserError: the data, the tokenizer or the cache cannot be used.
     """
-    given = [flag for flag in ("dataset_path", "train_file", "dataset_name") if getattr(data_args, flag)]
-    if len(given) > 1:
-        raise UserError(f"--{' and --'.join(given)} name different data; give one of them")
-    if not 0 < data_args.validation_split_percentage < 100:
-        raise UserError("--validation_split_percentage must lie between 0 and 100, both excluded")
     cache = Path(data_args.cache_dir or DEFAULT_CACHE_DIR).expanduser()
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -295,9 +292,7 @@ def _hold_out(token_file: TokenFile, percentage: float) -> tuple[TokenFile, Toke
         raise UserError(
             f"{token_file.prefix}: one document, of which none can be held out; give validation.bin and .idx"
         )
-    hashes = np.arange(1, token_file.num_documents + 1, dtype=np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's finaliser
-        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+    hashes = random_bits(0, np.arange(token_file.num_documents))
     held_out = hashes <= np.uint64(hold_out_limit(hashes, percentage))
     return token_file.subset(np.flatnonzero(~held_out)), token_file.subset(np.flatnonzero(held_out))
 
@@ -324,13 +319,14 @@ def _verify_once(token_files: list[TokenFile], tokenizer, fingerprint: str, cach
 
 
 def _check_ids(token_file: TokenFile, vocab_size: int) -> None:
-    chunks = range(0, len(token_file.tokens), CHUNK_BYTES)
-    largest = max(int(token_file.tokens[at : at + CHUNK_BYTES].max()) for at in chunks)
-    if largest >= vocab_size:
-        raise UserError(
-            f"{token_file.prefix}.bin: holds token {largest}, but the tokenizer has only {vocab_size}; give the one "
-            "that made it with --tokenizer_name"
-        )
+    for at in range(0, len(token_file.tokens), BLOCK_TOKENS):
+        block = token_file.tokens[at : at + BLOCK_TOKENS]
+        for token in (int(block.min()), int(block.max())):
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"{token_file.prefix}.bin: holds token {token}, but the tokenizer has only {vocab_size}; give the "
+                    "one that made it with --tokenizer_name"
+                )
 
 
 def _prepared(cache: Path, train, validation, tokenizer, tokenizer_fingerprint: str, folder: Path, source: str):

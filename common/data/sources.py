@@ -42,8 +42,6 @@ def choose_source(data_args) -> Source:
     """
     if data_args.train_file:
         return _file_source(data_args)
-    if data_args.validation_file:
-        raise UserError("--validation_file needs --train_file; give both, or neither")
     if data_args.dataset_name:
         return _hub_source(data_args)
     return _embedded_source(data_args)

@@ -10,7 +10,6 @@ Source of the format: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 
 import copy
 import json
-import os
 import struct
 import zlib
 from array import array
@@ -18,14 +17,25 @@ from pathlib import Path
 
 import numpy as np
 
+from common.data.ranges import ranges, window
 from common.errors import UserError
+from common.files import crc32, flush
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 TYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 FORMAT = "frugal-tokens-1"  # of the .json
-CHUNK_BYTES = 1 << 22
+METADATA_TYPES = {  # what the .json must say
+    "num_documents": int,
+    "num_tokens": int,
+    "dtype": str,
+    "checksums": dict,
+    "tokenizer_name": str,
+    "tokenizer_fingerprint": str,
+}
+COUNTED_TOKENS = 50_000_000  # enough to know how often each token occurs
+BLOCK_TOKENS = 1 << 20  # read at once; bounds the memory
 REMEDY = "prepare the data again (--overwrite_cache), or copy the file again"
 
 
@@ -81,11 +91,13 @@ class TokenFileWriter:
         """Put the three files in place, the .json last.
 
         Args:
-            metadata: what the .json shall say beside the format, the counts and the checksums.
+            metadata: what the .json shall say beside the format, the counts and the checksums; tokenizer_name and
+                tokenizer_fingerprint at least.
         Returns:
             All that the .json says.
         """
-        _flush(self.file)
+        flush(self.file)
+        self.file.close()
         lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
         positions = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=positions[1:])
@@ -110,17 +122,11 @@ class TokenFileWriter:
         for kind, content in (("idx", index), ("json", json.dumps(metadata, indent=2).encode() + b"\n")):
             with open(self.unfinished[kind], "wb") as file:
                 file.write(content)
-                _flush(file)
+                flush(file)
         self.paths["json"].unlink(missing_ok=True)  # an older one must not vouch for the new .bin
         for kind, path in self.paths.items():
             self.unfinished[kind].replace(path)
         return metadata
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 class TokenFile:
@@ -156,13 +162,15 @@ class TokenFile:
         size = self.paths["bin"].stat().st_size
         if size == 0 or num_sequences == 0:
             raise UserError(f"{self.paths['bin']}: holds no tokens; {REMEDY}")
-        if (positions + self.lengths * np.int64(dtype.itemsize)).max() > size:
+        if (positions > size - self.lengths * np.int64(dtype.itemsize)).any():
             raise UserError(f"{self.paths['bin']}: shorter than its index says (cut off?); {REMEDY}")
         bounds = self.documents
         sound = num_bounds > 1 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
         sound = sound and positions.min() >= 0 and (positions % dtype.itemsize == 0).all() and self.lengths.min() >= 0
         if not sound:
             raise UserError(f"{self.paths['idx']}: damaged (its positions make no sense); {REMEDY}")
+        if self.metadata is not None:
+            self._compare_with_metadata(dtype)
         self.tokens = np.memmap(self.paths["bin"], dtype=dtype, mode="r", shape=(size // dtype.itemsize,))
 
     def _read_metadata(self) -> dict | None:
@@ -171,12 +179,28 @@ class TokenFile:
             return None
         try:
             metadata = json.loads(path.read_bytes())
-            known = metadata["format"] == FORMAT
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: does not describe a token file; {REMEDY}") from error
-        if not known:
-            raise UserError(f"{path}: format {metadata['format']!r}, this version reads {FORMAT!r}; prepare it again")
+        except ValueError as error:
+            raise UserError(f"{path}: does not describe a token file ({error}); {REMEDY}") from error
+        said = metadata.get("format") if isinstance(metadata, dict) else None
+        if said != FORMAT:
+            raise UserError(f"{path}: does not describe a token file of format {FORMAT} (but {said}); {REMEDY}")
+        wrong = [key for key, type_ in METADATA_TYPES.items() if not isinstance(metadata.get(key), type_)]
+        if wrong or not all(isinstance(metadata["checksums"].get(kind), int) for kind in ("bin", "idx")):
+            raise UserError(f"{path}: {(wrong or ['checksums'])[0]} is missing or of the wrong type; {REMEDY}")
         return metadata
+
+    def _compare_with_metadata(self, dtype: np.dtype) -> None:
+        """The checksums are compared once in a while; what the index says, each time."""
+        facts = {
+            "num_documents": self.num_documents,
+            "num_tokens": int(self.lengths.sum(dtype=np.int64)),
+            "dtype": dtype.name,
+        }
+        for key, fact in facts.items():
+            if self.metadata[key] != fact:
+                raise UserError(
+                    f"{self.paths['idx']}: {key} is {fact}, but {self.metadata[key]} by the .json beside it; {REMEDY}"
+                )
 
     def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
         path = self.paths["idx"]
@@ -196,7 +220,7 @@ class TokenFile:
 
     def checksums(self) -> dict[str, int]:
         """Read both files whole and return the CRC-32 of each, by "bin" and "idx"."""
-        return {kind: _checksum(self.paths[kind]) for kind in ("bin", "idx")}
+        return {kind: crc32(self.paths[kind]) for kind in ("bin", "idx")}
 
     def verify(self) -> None:
         """Compare both files with the checksums in the .json; without one there is nothing to compare with.
@@ -225,10 +249,25 @@ class TokenFile:
         view.documents = np.concatenate([[0], np.cumsum(sequences[chosen])])
         return view
 
+    def token_counts(self, size: int, most: int = COUNTED_TOKENS) -> np.ndarray:
+        """Count how often each token occurs in these documents, which in a view are not all of the file's.
 
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+        Args:
+            size: int, above every token.
+            most: int; of longer text the first so many tokens are counted.
+        Returns:
+            int64 [size].
+        """
+        bounds = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        total = min(most, int(bounds[-1]))
+        counts = np.zeros(size, np.int64)
+        for first in range(0, total, BLOCK_TOKENS):
+            last = min(first + BLOCK_TOKENS, total)
+            sequence, skipped, lengths = window(bounds, first, last)
+            starts = self.starts[sequence] + skipped
+            if (starts[1:] == starts[:-1] + lengths[:-1]).all():  # nothing left out in between, as in a whole file
+                tokens = self.tokens[starts[0] : starts[0] + last - first]
+            else:
+                tokens = self.tokens[ranges(starts, lengths)]
+            counts += np.bincount(tokens, minlength=size)
+        return counts

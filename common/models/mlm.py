@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
 from transformers.utils import ModelOutput
 
+from common.data.tokenizers import vocabulary_size
 from common.errors import UserError
 from common.models.attention import same_document_mask
 
@@ -85,13 +87,13 @@ def build_mlm_model(model_args, data_args, tokenizer, attention):
     """
     max_seq_length = data_args.max_seq_length
     if model_args.model_name_or_path:
-        model = _load(model_args.model_name_or_path, attention)
+        model = _load(model_args, attention)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
     else:
         family = "megatron-bert" if model_args.encoder_ln_mode == "pre-ln" else "bert"
         config_class, model_class = FAMILIES[family]
         positions = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
-        vocab_size = model_args.vocab_size or -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        vocab_size = model_args.vocab_size or -(-vocabulary_size(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         config = config_class(
             vocab_size=vocab_size,
             max_position_embeddings=positions,
@@ -108,8 +110,8 @@ def build_mlm_model(model_args, data_args, tokenizer, attention):
         except KeyError as error:
             raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
         remedy = "give at least that many, or drop the flag"
-    if model.config.vocab_size < len(tokenizer):
-        raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {len(tokenizer)}: {remedy}")
+    if model.config.vocab_size < (needed := vocabulary_size(tokenizer)):
+        raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
     if model.config.max_position_embeddings < max_seq_length:
         raise UserError(
             f"--max_seq_length {max_seq_length} is above the model's {model.config.max_position_embeddings} "
@@ -119,26 +121,22 @@ def build_mlm_model(model_args, data_args, tokenizer, attention):
     return model
 
 
-def _load(name_or_path, attention):
+def _load(model_args, attention):
+    where = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model_name_or_path {name_or_path}: no model there ({str(error).splitlines()[0]}); give a folder that "
-            "save_pretrained wrote, or a hub name this machine can reach"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"--model_name_or_path {name_or_path} is a {config.model_type}: known are {', '.join(FAMILIES)}"
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        if config.model_type not in FAMILIES:
+            raise UserError(f"{where} is a {config.model_type}: known are {', '.join(FAMILIES)}")
+        model_class = FAMILIES[config.model_type][1]
+        config.hidden_dropout_prob = model_args.hidden_dropout_prob
+        config.attention_probs_dropout_prob = model_args.attention_probs_dropout_prob
+        config._attn_implementation = attention if model_class._supports_sdpa else "eager"
+        model, info = model_class.from_pretrained(
+            model_args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )
-    model_class = FAMILIES[config.model_type][1]
-    config._attn_implementation = attention if model_class._supports_sdpa else "eager"
-    model, info = model_class.from_pretrained(
-        name_or_path, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    except (OSError, ValueError, SafetensorError) as error:
+        fault = str(error).strip().partition("\n")[0]
+        raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     if info["missing_keys"]:
-        raise UserError(
-            f"--model_name_or_path {name_or_path} lacks {sorted(info['missing_keys'])[0]}: is it a masked-language "
-            "model of this family?"
-        )
+        raise UserError(f"{where} lacks {sorted(info['missing_keys'])[0]}: is it a masked-language model?")
     return model

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from common.errors import UserError
+from common.errors import UserError, limit_reached
 
 # What the first word of a YAML's `role` may be; accelerate's own strategies leave torchrun's "default".
 ROLES = ("default", "cpu")
@@ -28,21 +28,15 @@ def make_accelerator(precision=None, tracker="none"):
         UserError: processes that do not see each other, an unknown role, contradicting or impossible precision, a
             tracker that is not installed.
     """
-    if tracker != "none" and not importlib.util.find_spec(tracker):
-        raise UserError(
-            f"--report_to {tracker}: its package is not installed; pip install {tracker}, or drop the flag"
-        )
-    role = os.environ.get("ROLE_NAME", "default").split()
-    if role[0] not in ROLES or len(role) > 1:
-        raise UserError(f"the YAML's role '{' '.join(role)}' is unknown: known roles are {', '.join(ROLES)}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    role = check_launch(precision, tracker)
+    world = launched_processes()
     if world == 1:  # a group of one is no group: nothing to wrap, nothing to wait for
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
     # Set by accelerate for its one-process launcher, and inherited by accident otherwise, where it would change
     # the strategy in silence; what it says is passed on as an argument instead.
     asked_cpu = os.environ.pop("ACCELERATE_USE_CPU", "false").lower() == "true"
-    cpu = role[0] == "cpu" or asked_cpu or not torch.cuda.is_available()
+    cpu = role == "cpu" or asked_cpu or not torch.cuda.is_available()
     # torch's newer name for this argument is not one of accelerate's yet
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     if cpu:
@@ -68,6 +62,33 @@ def make_accelerator(precision=None, tracker="none"):
             "launch with accelerate_configs/cpu.yaml or accelerate_configs/ddp.yaml"
         )
     return accelerator
+
+
+def check_launch(precision, tracker):
+    """Judge what the launcher and the command line ask for, without starting anything.
+
+    Args:
+        precision, tracker: as make_accelerator.
+    Returns:
+        str: the role that the YAML gives, "default" where it gives none.
+    Raises:
+        UserError: as make_accelerator.
+    """
+    if tracker != "none" and not importlib.util.find_spec(tracker):
+        raise UserError(f"--report_to {tracker}: its package is missing; pip install {tracker}, or drop the flag")
+    words = os.environ.get("ROLE_NAME", "").split() or ["default"]
+    if words[0] not in ROLES or len(words) > 1:
+        raise UserError(f"the YAML's role '{' '.join(words)}' is unknown: known roles are {', '.join(ROLES)}")
+    _resolve_precision(precision, words[0] == "cpu" or not torch.cuda.is_available())
+    return words[0]
+
+
+def launched_processes():
+    """How many processes the launcher says there are."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdigit() or int(world) < 1:
+        raise UserError(f"WORLD_SIZE is '{world}' in the environment: unset it, or start with accelerate launch")
+    return int(world)
 
 
 def describe(accelerator):
@@ -134,6 +155,10 @@ def on_main(accelerator, function):
             result = function()
         except UserError as error:
             fault = str(error)
+        except OSError as error:
+            fault = limit_reached(error)
+            if fault is None:
+                raise
     if accelerator.num_processes > 1:
         box = [(result, fault)]
         dist.broadcast_object_list(box, src=0)

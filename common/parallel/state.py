@@ -1,8 +1,12 @@
 """Weights and optimizer state of a run in training, on disk and back, and the final weights as one dict."""
 
+from pickle import UnpicklingError
+
 import torch
 from safetensors.torch import load_model, save_model
 from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -28,13 +32,27 @@ def save_training_state(accelerator, model, optimizer, folder):
     """
     if accelerator.is_main_process:
         save_model(plain_model(model), str(folder / WEIGHTS))  # knows tied tensors
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}  # fp16's loss scale
+        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
 
 
-def load_training_state(model, optimizer, folder):
-    """Read back what save_training_state wrote, into the same objects. Nothing but tensors is unpickled."""
+def load_training_state(accelerator, model, optimizer, folder):
+    """Read back what save_training_state wrote, into the same objects. Nothing but tensors and numbers is unpickled.
+
+    Raises:
+        UserError: the optimizer keeps something else in its state.
+    """
     load_model(plain_model(model), folder / WEIGHTS)
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    try:
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{folder / OPTIMIZER}: this optimizer keeps more than tensors and numbers in its state, which is not "
+            "unpickled; let its state_dict hold plain values"
+        ) from error
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def consolidated_weights(accelerator, model):

@@ -1,0 +1,258 @@
+"""What scripts/run_pretraining.sh makes of its arguments and of the machine: a copy of it that starts a stub."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import REPOSITORY, environment
+
+STUB = f"""#!{sys.executable} -IS
+import json, os, sys, time
+call = {{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()}}
+with open(os.environ["STUB_LOG"], "a") as log:
+    print(json.dumps(call), file=log)
+if "--check_arguments" in sys.argv:
+    time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
+    sys.exit(int(os.environ.get("STUB_EXIT", 0)))
+"""
+CONFIG = "mixed_precision: 'fp16'   # half\nnum_processes: 3 # three\nmpirun_config:\n  role: cpu\n"
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Shell:
+    """A repository with a stub instead of Python, and a folder elsewhere where the user stands."""
+
+    def __init__(self, folder):
+        self.repository, self.here, self.bin = (folder / name for name in ("a repository", "a user", "bin"))
+        self.log = folder / "log"
+        for path in (self.repository / "scripts", self.here, self.bin, self.repository / ".venv" / "bin"):
+            path.mkdir(parents=True)
+        for name in ("run_pretraining.sh", "launch_env.sh", "memory_env.sh"):
+            shutil.copy(REPOSITORY / "scripts" / name, self.repository / "scripts")
+        shutil.copytree(REPOSITORY / "accelerate_configs", self.repository / "accelerate_configs")
+        executable(self.repository / "scripts" / "setup.sh", "exit 0\n")
+        executable(self.repository / ".venv" / "bin" / "python", STUB)
+        self.machine(gpus="", nproc=8, lscpu="0,0\n0,0\n1,0\n1,0\n")
+
+    def machine(self, **says):
+        """What the tools that describe the machine print."""
+        names = {"gpus": "nvidia-smi"}
+        for name, text in says.items():
+            executable(self.bin / names.get(name, name), f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+
+    def start(self, *words, **env):
+        self.log.write_text("")
+        absent = dict.fromkeys(("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "FRUGAL_VENV"))
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            ["bash", "../a repository/scripts/run_pretraining.sh", *words],
+            cwd=self.here,
+            env=environment(**{**absent, "STUB_LOG": self.log, "PATH": path, **env}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def started(self):
+        """What the stub was started with, in order."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def run(self, *words, **env):
+        """Returns: (the check's call, the launcher's call) of a run that succeeds."""
+        process = self.start(*words, **env)
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == 0 and stderr == "", stderr
+        check, launch = self.started()
+        return check, launch
+
+    def fail(self, *words, code=2, **env):
+        """Returns: stderr of a run that ends with `code` before the launch."""
+        process = self.start(*words, **env)
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == code, stderr
+        assert not any("accelerate.commands.launch" in call["argv"] for call in self.started())
+        return stderr
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+def flag(call, name):
+    """The word after a flag; None without the flag."""
+    argv = call["argv"]
+    return argv[argv.index(name) + 1] if name in argv else None
+
+
+def test_check_and_launch_get_the_same_words_and_the_users_folder(shell):
+    extra = ["--output_dir", "my runs/one", "--job_name", "two  words", "--seed", "3"]
+    check, launch = shell.run("cpu", "0.5", "small", "my texts/*.txt", *extra)
+    script = str(shell.repository / "run_pretraining.py")
+    words = ["--total_training_time", "0.5", "--model_size", "small", "--train_file", "my texts/*.txt", *extra]
+    assert check["argv"] == [script, *words, "--check_arguments"]
+    assert launch["argv"][:2] == ["-m", "accelerate.commands.launch"]
+    assert launch["argv"][-len(words) - 1 :] == [script, *words]
+    assert flag(launch, "--config_file") == str(shell.repository / "accelerate_configs" / "cpu.yaml")
+    assert check["cwd"] == launch["cwd"] == str(shell.here)
+    assert check["env"]["MALLOC_TRIM_THRESHOLD_"] == launch["env"]["MALLOC_TRIM_THRESHOLD_"]
+
+
+def test_no_arguments_need_no_flags(shell):
+    check, launch = shell.run()
+    assert check["argv"] == [str(shell.repository / "run_pretraining.py"), "--check_arguments"]
+    assert launch["argv"][-1] == str(shell.repository / "run_pretraining.py")
+    assert launch["env"]["FRUGAL_COMMAND"] == "bash scripts/run_pretraining.sh"
+
+
+def test_the_command_for_the_model_card_can_be_typed_again(shell):
+    words = ["cpu", "1", "tiny", "my texts/*.txt", "--document_separator", "it's $HOME"]
+    command = shell.run(*words)[1]["env"]["FRUGAL_COMMAND"]
+    assert command.startswith("bash scripts/run_pretraining.sh cpu 1 ") and shlex.split(command)[2:] == words
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        ("texts", "--train_file"),
+        ("texts.v1", "--dataset_name"),
+        ("prepared", "--dataset_path"),
+        ("prepared/train", "--dataset_path"),
+        ("absent/corpus.jsonl.zst", "--train_file"),
+        ("absent.txt", "--train_file"),
+        ("./absent", "--train_file"),
+        ("/absent", "--train_file"),
+        ("absent/", "--train_file"),
+        ("*", "--train_file"),
+        ("wikimedia/wikipedia", "--dataset_name"),
+        ("accelerate_configs", "--dataset_name"),  # is in the repository, not where the user stands
+    ],
+)
+def test_data(shell, data, expected):
+    (shell.here / "texts").mkdir()
+    (shell.here / "prepared").mkdir()
+    (shell.here / "prepared" / "train.bin").touch()
+    check, launch = shell.run("cpu", "1", "tiny", data)
+    assert flag(check, expected) == flag(launch, expected) == data
+    given = {"--train_file", "--dataset_name", "--dataset_path"} & set(check["argv"])
+    assert given == {expected}
+
+
+def test_weights_to_continue_from(shell):
+    assert flag(shell.run("cpu", "1", "runs/one")[1], "--model_name_or_path") == "runs/one"
+
+
+def test_the_check_sees_what_the_launcher_will_resolve(shell):
+    (shell.here / "my own.yaml").write_text(CONFIG)
+    check, launch = shell.run("my own.yaml")
+    names = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ROLE_NAME")
+    assert [check["env"][name] for name in names] == ["3", "fp16", "cpu"]
+    assert not set(names) & set(launch["env"])
+    assert flag(launch, "--config_file") == "my own.yaml"
+    (shell.here / "bare.yaml").write_text("distributed_type: 'NO'\n")
+    check, _ = shell.run("bare.yaml")
+    assert [check["env"][name] for name in names] == ["1", "no", ""]
+
+
+def test_a_precision_that_the_script_overrides(shell):
+    check, launch = shell.run("cpu")
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    emulated = "flags" in words and not words & {"avx512_bf16", "amx_bf16"}
+    assert check["env"]["ACCELERATE_MIXED_PRECISION"] == ("no" if emulated else "bf16")
+    assert flag(launch, "--mixed_precision") == ("no" if emulated else None)
+    shell.machine(gpus="GPU 0: A100")
+    check, launch = shell.run("single_gpu")
+    assert check["env"]["ACCELERATE_MIXED_PRECISION"] == "bf16" and flag(launch, "--mixed_precision") is None
+
+
+@pytest.mark.parametrize(
+    "listed, visible, config, processes",
+    [
+        ("No devices were found", None, "cpu", "1"),
+        ("GPU 0: A100 (UUID: GPU-1)", None, "single_gpu", "1"),
+        ("GPU 0: A100\n  MIG 1g.5gb Device 0: (UUID: MIG-1)\n  MIG 1g.5gb Device 1:", None, "single_gpu", "1"),
+        ("GPU 0: A100\nGPU 1: A100\nGPU 2: A100", None, "ddp", "3"),
+        ("GPU 0: A100\nGPU 1: A100\nGPU 2: A100", "0,2", "ddp", "2"),
+        ("GPU 0: A100\nGPU 1: A100\nGPU 2: A100", "GPU-1f", "single_gpu", "1"),
+        ("GPU 0: A100\nGPU 1: A100\nGPU 2: A100", "", "cpu", "1"),
+        ("GPU 0: A100\nGPU 1: A100\nGPU 2: A100", "-1", "cpu", "1"),
+        ("No devices were found", "0,1", "cpu", "1"),
+    ],
+)
+def test_the_config_that_fits_the_machine(shell, listed, visible, config, processes):
+    shell.machine(gpus=listed)
+    check, launch = shell.run(CUDA_VISIBLE_DEVICES=visible)
+    assert flag(launch, "--config_file") == str(shell.repository / "accelerate_configs" / f"{config}.yaml")
+    assert check["env"]["WORLD_SIZE"] == processes
+    assert flag(launch, "--num_processes") == (processes if config == "ddp" else None)
+
+
+def test_a_broken_nvidia_smi_is_no_gpu(shell):
+    executable(shell.bin / "nvidia-smi", "#!/bin/sh\necho 'GPU access blocked by the driver' >&2\nexit 9\n")
+    assert flag(shell.run()[1], "--config_file").endswith("/cpu.yaml")
+
+
+def test_threads(shell):
+    threads = "--num_cpu_threads_per_process"
+    assert flag(shell.run("cpu")[1], threads) == "2"  # lscpu: cores without hyper-threads
+    assert flag(shell.run("ddp")[1], threads) == "1"
+    shell.machine(nproc=1)
+    assert flag(shell.run("cpu")[1], threads) == "1"  # nproc: what taskset leaves
+    shell.machine(nproc=12, lscpu=",\n,")
+    assert flag(shell.run("cpu")[1], threads) == "12"
+    shell.machine(gpus="\n".join(f"GPU {number}: A100" for number in range(4)))
+    assert flag(shell.run()[1], threads) == "3"
+    assert flag(shell.run(OMP_NUM_THREADS="5")[1], threads) is None
+
+
+def test_the_cache_is_overwritten_once(shell):
+    check, launch = shell.run("cpu", "--overwrite_cache", "--seed", "1")
+    assert "false" not in check["argv"]
+    assert launch["argv"][-2:] == ["--overwrite_cache", "false"]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_launches_nothing(shell, word):
+    process = shell.start("cpu", word)
+    usage = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "accelerate-config" in usage and "set -e" not in usage
+    assert [call["argv"] for call in shell.started()] == [[str(shell.repository / "run_pretraining.py"), "--help"]]
+
+
+def test_bad_input_launches_nothing(shell):
+    said = shell.fail("nowhere")
+    assert said.count("\n") == 1 and "'nowhere'" in said and "cpu ddp single_gpu" in said
+    assert "surplus" in shell.fail("cpu", "1", "tiny", "embedded", "surplus")
+    assert shell.fail("cpu", "0", STUB_EXIT="2") == ""
+    shell.fail("cpu", code=1, STUB_EXIT="1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_signal_ends_the_check_too(shell, number, whole_group):
+    """From `kill`, to the script alone, and from the keyboard, to all of its process group."""
+    process = shell.start("cpu", STUB_SECONDS="60")
+    deadline = time.monotonic() + 30
+    while not shell.log.read_text().endswith("\n") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (check,) = shell.started()
+    if whole_group:
+        os.kill(check["pid"], number)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number, stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(check["pid"], 0)
+    assert len(shell.started()) == 1

@@ -75,5 +75,6 @@ def limit_reached(error):
 
 def is_out_of_memory(error):
     """Whether an exception says that the device (or the host) is full."""
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    # the last is oneDNN's, when there is no memory for the code it generates
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "could not create a primitive")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

@@ -251,14 +251,19 @@ def test_extremeberts_best_recipe_runs(harness, finished, cache, out):
 
 
 def test_a_full_device_halves_its_share_and_keeps_the_global_batch(harness, tiny_corpus, cache, tmp_path):
-    """Memory is limited until 512 rows at once do not fit: a real failure of the allocator."""
+    """While it trains, memory is limited so that 512 rows at once do not fit: a real failure of the allocator."""
     script = tmp_path / "limited.py"
     script.write_text(
-        "import resource, runpy, sys\n"
+        "import pathlib, resource, runpy, sys, threading, time\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "used = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmData')][0]\n"
-        "limit = (int(used) << 10) + (320 << 20)\n"
-        "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
+        "hard = resource.getrlimit(resource.RLIMIT_DATA)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, ((int(used) << 10) + (320 << 20), hard))\n"
+        "def lift():\n"
+        "    while not pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1], 'metrics.jsonl').exists():\n"
+        "        time.sleep(0.002)\n"
+        "    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))\n"
+        "threading.Thread(target=lift, daemon=True).start()\n"
         f"runpy.run_path({str(REPOSITORY / SCRIPT)!r}, run_name='__main__')\n"
     )
     # 512 rows need about 500 MB more than a process that has imported everything, 128 about 200 MB

@@ -56,8 +56,8 @@ class StepLog:
             tokens: real tokens of the step over all processes.
         """
         loss = torch.stack(self._micro_losses).mean()
-        norm = loss.new_zeros(()) if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
-        self._unread.append((step, torch.stack([loss, norm])))
+        norm = None if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
+        self._unread.append((step, loss, norm))
         self._micro_losses = []
         self.totals["tokens"] += tokens
         if len(self._unread) >= MOST_UNREAD:
@@ -75,10 +75,12 @@ class StepLog:
         """
         if not self._unread:
             return
-        values = self.accelerator.reduce(torch.stack([pair for _, pair in self._unread]), reduction="mean").tolist()
-        for (step, _), (loss, norm) in zip(self._unread, values, strict=True):  # host sync above
+        steps, losses, norms = zip(*self._unread, strict=True)
+        losses = self.accelerator.reduce(torch.stack(losses), reduction="mean").tolist()  # host sync
+        norms = [None if norm is None else norm.item() for norm in norms]  # the same on all processes
+        for step, loss, norm in zip(steps, losses, norms, strict=True):
             for what, value in (("loss", loss), ("gradient norm", norm)):
-                if not math.isfinite(value):
+                if value is not None and not math.isfinite(value):
                     raise DivergedError(f"the {what} became {value} at step {step}: {LESS_EXTREME}")
             self.totals["loss"] += loss
             self.totals["steps"] += 1
@@ -94,7 +96,8 @@ class StepLog:
         """Averages since the last call, over steps and processes.
 
         Returns:
-            (metrics, interval): loss and grad_norm (of the last step); steps, tokens and seconds of training.
+            (metrics, interval): loss and grad_norm (of the last step, None where unknown); steps, tokens and seconds
+            of training.
         Raises:
             DivergedError: as read().
         """
@@ -108,7 +111,7 @@ class StepLog:
 
     def _restart(self, **totals):
         self._micro_losses, self._unread = [], []
-        self.totals = {"loss": 0.0, "grad_norm": 0.0, "steps": 0, "tokens": 0, "seconds": 0.0} | totals
+        self.totals = {"loss": 0.0, "grad_norm": None, "steps": 0, "tokens": 0, "seconds": 0.0} | totals
         self._began, self.paused_seconds = time.perf_counter(), 0.0
 
 

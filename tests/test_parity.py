@@ -41,6 +41,15 @@ def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, 
     assert results(out)["parameter_bytes_per_rank"] == results(single)["parameter_bytes_per_rank"]
 
 
+@pytest.mark.parametrize("config", ["accelerate_configs/cpu.yaml", "accelerate_configs/single_gpu.yaml"])
+def test_one_launched_process_equals_a_plain_one_bit_for_bit(harness, single, tiny_corpus, cache, tmp_path, config):
+    out = tmp_path / "one"
+    words = command(tiny_corpus, cache, out)
+    (rank,) = harness.launch(*words, config=fp32_copy(config, tmp_path), num_processes=None)
+    assert "strategy: single process, 1 process(es), fp32" in rank.check().stdout
+    assert_same_run(single, out)
+
+
 def test_dropout_follows_the_micro_batch_not_the_process(harness, tiny_corpus, cache, tmp_path):
     flags = ["--hidden_dropout_prob", 0.1, "--attention_probs_dropout_prob", 0.1]
     one, two = tmp_path / "one", tmp_path / "two"

@@ -37,7 +37,10 @@ def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, 
     assert results(out)["train_tokens"] == results(single)["train_tokens"]
     mine, yours = weights(out), weights(single)
     assert mine.keys() == yours.keys()
-    assert max(float((mine[name] - yours[name]).abs().max()) for name in mine) < 1e-4
+    apart = max(float((mine[name] - yours[name]).abs().max()) for name in mine)
+    most = max(abs(losses(out)[step] - losses(single)[step]) for step in losses(out))
+    print(f"{config}: losses differ by at most {most:.1e}, weights by {apart:.1e}")
+    assert apart < 1e-5
     assert results(out)["parameter_bytes_per_rank"] == results(single)["parameter_bytes_per_rank"]
 
 

@@ -87,6 +87,9 @@ def main():
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
         per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
     accelerator.gradient_accumulation_steps = accumulation
+    say(f"output: {output_dir}")
+    if args.replay_clock:
+        say(f"note: times are replayed from {args.replay_clock}, not measured")
     say(
         f"model: {model_args.model_name_or_path or config.model_type}, {parameters:,} parameters; "
         f"{len(rows):,} rows of {data_args.max_seq_length} tokens; global batch {args.train_batch_size} rows = "
@@ -204,6 +207,7 @@ def main():
             with step_log.paused():
                 refuse_infinite_weights(model, state.completed_steps)
                 save_pretrained(accelerator, model, corpus.tokenizer, output_dir / f"marker_{marker:g}")
+            bar.note(f"step {state.completed_steps:,}: model saved in {output_dir / f'marker_{marker:g}'}")
         if limits.checkpoint_due(rows_before, hours_before) and not reason:
             saved_at = save_state()
         if reason:
@@ -214,7 +218,10 @@ def main():
     if saved_at != state.completed_steps:
         save_state()
     if reason == "signal":
-        say(f"stopped at step {state.completed_steps:,}; --resume_from_checkpoint latest continues")
+        say(
+            f"stopped and saved at step {state.completed_steps:,}; to continue, give the same flags with "
+            f"--output_dir {output_dir} --resume_from_checkpoint latest"
+        )
         parallel.shut_down(accelerator)
         return 128 + clock.stop
     say(f"training ended ({reason}); validating on {len(eval_batches.chosen):,} held-out rows, then saving")

@@ -4,6 +4,7 @@ Everything that can be judged from the flags alone is judged here, so that a bad
 anything is loaded. The dataclasses are read-only after parsing.
 """
 
+import argparse
 import difflib
 import sys
 from dataclasses import dataclass, field, fields
@@ -100,7 +101,8 @@ class DataArguments:
     max_train_documents: int | None = HfArg(default=None, help="Use only the first N documents.")
     max_eval_samples: int = HfArg(default=1024, help="Rows of held-out text in each validation.")
     tokenizer_name: str | None = HfArg(
-        default=None, help="Hub name, folder, tokenizer.json or WordPiece vocab.txt; without it one is trained."
+        default=None,
+        help="Hub name, folder, tokenizer.json or vocab.txt; else the weights' own, or one is trained.",
     )
     tokenizer_train_vocab_size: int = HfArg(default=8192, help="Vocabulary of a tokenizer trained on the data.")
     trust_remote_code: bool = HfArg(default=False, help="Allow code from the hub to run.")
@@ -155,7 +157,7 @@ class TrainingArguments:
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
 
     # ---- optimizer
-    optimizer_type: str = HfArg(default="adamw", help="A known name, or module:Class of any torch optimizer.")
+    optimizer_type: str = HfArg(default="adamw", help="adamw, adam, sgd, or module:Class of any torch optimizer.")
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
     )
@@ -238,6 +240,11 @@ class TrainingArguments:
         return [float(part) for part in (self.finetune_time_markers or "").split(",") if part]
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # where the default is None, the sentence says what happens
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
@@ -255,7 +262,7 @@ def parse_pretraining_arguments(argv=None):
         UserError: unknown flags, values out of range, contradictions; the message names the flags.
     """
     argv, notes = _drop_replaced_flags(list(sys.argv[1:] if argv is None else argv))
-    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
+    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False, formatter_class=_Help)
     model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -264,13 +271,15 @@ def parse_pretraining_arguments(argv=None):
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
     _check_model(model, data)
     _check_data(data)
+    if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
+        data.tokenizer_name = model.model_name_or_path
     _check_training(training)
     return model, data, training, notes
 
 
 def frozen_flags():
     """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
-    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False)
+    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False, formatter_class=_Help)
     return sorted(option for action in parser._actions for option in action.option_strings)
 
 

@@ -99,7 +99,7 @@ def report(output_dir, results, corpus, config, command, peak):
         licence_note="The weights are yours. The text has its own licences: see its source before you publish them.",
         tags=(config.model_type,),
     )
-    formula = f"FLOPs needed per second / {peak / 1e12:.2f} TFLOP/s (best matrix product here); FLOPs = {FORMULA}"
+    formula = f"FLOPs needed per second / {peak / 1e9:,.0f} GFLOP/s (best matrix product here); FLOPs = {FORMULA}"
     names = {"model": ".", "model card": "README.md", "curves": "curves.png", "metrics": run_folder.METRICS}
     files = {name: output_dir / file for name, file in names.items()} | {"prepared data": corpus.folder}
     print(format_summary(results, examples=examples, files=files, model_folder=output_dir, mfu_formula=formula))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import string
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,7 @@ BAD_FILES = {
     "truncated": (gzip.compress(LINE.encode() * 999)[:-99], "corpus.txt.gz", ["corpus.txt.gz"]),
     "malformed": ('{"text": "fine"}\n{"text": \n', "corpus.jsonl", ["corpus.jsonl:2", "--max_bad_records"]),
     "no column": ('{"body": "fine"}\n', "corpus.jsonl", ["--text_column", "body"]),
+    "a table": ("id,text\n1,fine\n", "corpus.csv", ["corpus.csv", "jsonl"]),
     "too small": (f"{LINE}\nAnother one.\n", "corpus.txt", ["--max_seq_length 64"]),
 }
 
@@ -90,14 +92,15 @@ def test_weights_that_cannot_be_used(harness, tiny_corpus, cache, tmp_path, out)
     base = [SMALL[i] for i in range(8, len(SMALL))]  # without the shape
     words = ["run_pretraining.py", *base, "--train_file", tiny_corpus, "--cache_dir", cache, "--output_dir", out]
     words += ["--tokenizer_train_vocab_size", 600, "--max_train_steps", 2]
-    refuse(harness, [*words, "--model_name_or_path", tmp_path], "--model_name_or_path")
+    refuse(harness, [*words, "--model_name_or_path", tmp_path], f"{tmp_path}: cannot be loaded")
     donor = tmp_path / "donor"
     harness.run(*small_run(tiny_corpus, cache, donor, "--max_position_embeddings", 64, steps=2)).check()
     long = [*words, "--model_name_or_path", donor]
     long[long.index("--max_seq_length") + 1] = 128
     refuse(harness, long, "--max_seq_length 128", "64 positions")
-    bigger = [*words, "--model_name_or_path", donor]
-    bigger[bigger.index("--tokenizer_train_vocab_size") + 1] = 900
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = write(tmp_path / "vocab.txt", "\n".join([*specials, *string.ascii_lowercase, *map(str, range(869))]))
+    bigger = [*words, "--model_name_or_path", donor, "--tokenizer_name", vocabulary]
     refuse(harness, bigger, "640", "900")
 
 

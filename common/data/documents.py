@@ -20,6 +20,9 @@ SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearl
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's \\ud800 without its other half, which no encoder takes
 JOINED_CHARACTERS = 1 << 20  # text collected before it is searched for a separator of the user's own
 
+# Text, but not of documents: read line by line it would train on separators and tags.
+NOT_PLAIN_TEXT = (".csv", ".tsv", ".xml", ".html", ".htm", ".yaml", ".yml", ".tar", ".zip", ".pdf")
+
 
 class BadRecords:
     """Counts the records that cannot be used; one more than `limit` ends the run.
@@ -105,6 +108,8 @@ def read_documents(
                 documents = _parquet_documents(path, text_column, bad_records)
             elif name.endswith((".json", ".jsonl")):
                 documents = _json_documents(path, text_column, bad_records)
+            elif name.endswith(NOT_PLAIN_TEXT):
+                raise UserError(f"{path}: not a kind of file that is read; convert it to txt, jsonl or parquet")
             else:
                 documents = _text_documents(_lines(path, bad_records), document_separator)
             for document in documents:

@@ -100,6 +100,9 @@ def describe(accelerator):
     strategy = "single process" if accelerator.num_processes == 1 else "data parallel (DDP)"
     threads = f" ({torch.get_num_threads()} threads)" if accelerator.device.type == "cpu" else ""
     name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not _has_bf16(cpu=True)
+    if slow:
+        threads += "; it has no bf16 and emulates it, tens of times slower: give --mixed_precision no, or --fp32"
     return {
         "strategy": strategy,
         "world_size": accelerator.num_processes,

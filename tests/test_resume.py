@@ -94,7 +94,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(harness, whole, tiny_corpus,
 
 def test_a_second_signal_exits_at_once(harness, tiny_corpus, cache, out):
     """The first is being obeyed, slowly; the second does not wait for it."""
-    slow = ["--train_batch_size", 4096, "--per_device_train_batch_size", 4096, "--max_train_documents", 400]
+    slow = ["--train_batch_size", 65536, "--per_device_train_batch_size", 256]  # a step of a minute or more
     process = harness.start(*small_run(tiny_corpus, cache, out, steps=100), *slow)
     process.wait_for_output("model:")
     wait_a_while(process, 1)

@@ -1,10 +1,11 @@
 # make check    code style and the fast tests: run it before every commit
 # make format   put the code into the project's style
+# make bench    every benchmark: hours on two cores (benchmarks/README.md)
 # make test     every test but the exhaustive ones; test-all: every test
 
 PYTHON := $(or $(FRUGAL_VENV),.venv)/bin/python
 
-.PHONY: check format test test-all setup
+.PHONY: check format test test-all bench setup
 
 check: setup
 	$(PYTHON) -m ruff check .
@@ -20,6 +21,11 @@ test:
 
 test-all:
 	bash scripts/run_tests.sh all
+
+bench: setup
+	$(PYTHON) -m benchmarks.bench_data
+	$(PYTHON) -m benchmarks.bench_pretraining
+	$(PYTHON) -m benchmarks.bench_time_to_loss
 
 setup:
 	@bash scripts/setup.sh --dev

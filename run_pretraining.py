@@ -7,6 +7,11 @@
 Every flag: python run_pretraining.py --help. Parallelism comes from the YAML alone.
 """
 
+from common.memory_settings import restart_with_memory_settings
+
+if __name__ == "__main__":
+    restart_with_memory_settings()  # before the large imports
+
 import math
 import os
 import shlex
@@ -29,10 +34,11 @@ from common.data.prepare import prepare_corpus
 from common.errors import run_main
 from common.limits import Limits, due
 from common.mlm_report import report
-from common.models.attention import choose_attention
+from common.models.attention import fastest_attention
+from common.models.layers import use_attention
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
-from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
+from common.parallel.state import bytes_per_rank, load_training_state, plain_model, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog
 from common.schedulers import LRScheduler, learning_rate_factor
@@ -69,13 +75,15 @@ def main():
     masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
-    attention = choose_attention(model_args.attn_implementation, accelerator.device, accelerator.mixed_precision)
-    model = build_mlm_model(model_args, data_args, corpus.tokenizer, attention)
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer)
     if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
         start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     config, parameters = model.config, model.num_parameters()
+    compiling = accelerator.device.type == "cuda" if args.torch_compile is None else args.torch_compile
+    if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
+        model.compile(fullgraph=True, dynamic=False)
     optimizer = build_optimizer(model, args)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
@@ -107,7 +115,7 @@ def main():
         output_dir / run_folder.READINGS,
         args.replay_clock,
     )
-    state, validation_owed, begun = TrainState(), False, None
+    state, validation_owed, begun, attention = TrainState(), False, None, model_args.attn_implementation
     limits = Limits(args, len(rows), clock, state)
     curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
     factor = partial(learning_rate_factor, warmup_proportion=limits.warmup_proportion, **curve)
@@ -121,12 +129,19 @@ def main():
         saved = read_state(checkpoint)
         vars(state).update(saved["train"])
         validation_owed, begun = saved["validation_owed"], saved["log"]
+        attention = saved["attention"] if attention == "auto" else attention
         clock.load_state_dict(saved["clock"])
         metrics_log.truncate_after(state.completed_steps)
         say(f"continuing from {checkpoint}: step {state.completed_steps:,}, {clock.used_hours:.3f} hours used")
         for name in settings:
             if settings[name] != saved["settings"][name]:
                 say(f"note: {name} is now {settings[name]}; it was {saved['settings'][name]}")
+    if attention == "auto":
+        shape = (config, per_device, data_args.max_seq_length, data_args.packing == "documents")
+        attention, seconds = parallel.on_main(accelerator, lambda: fastest_attention(accelerator, *shape))
+        measured = ", ".join(f"{name} {1000 * time:.1f} ms" for name, time in seconds.items())
+        say(f"attention: {attention} (forward and backward: {measured})")
+    use_attention(plain_model(model), attention)
     command = os.environ.get("FRUGAL_COMMAND") or shlex.join(["python", *sys.argv])  # as the user typed it
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
@@ -154,7 +169,7 @@ def main():
         with step_log.paused():
             refuse_infinite_weights(model, state.completed_steps)
             values = {"train": vars(state), "clock": clock.state_dict(), "log": step_log.state()}
-            values |= {"settings": settings, "validation_owed": validation_owed}
+            values |= {"settings": settings, "validation_owed": validation_owed, "attention": attention}
             write = partial(save_training_state, accelerator, model, optimizer)
             save_checkpoint(accelerator, output_dir, state.completed_steps, write, values, args.save_total_limit)
         return state.completed_steps
@@ -166,6 +181,8 @@ def main():
     stop.listen()  # from here on a signal waits for the end of a step
     clock.start()
     step_log = StepLog(accelerator, begun)
+    if compiling:
+        say("compiling the model: the first step takes long, and counts")
     if validation_owed:  # a signal came before it could be made
         validate()
     for batch, number, tokens in batches if not reason else ():
@@ -187,6 +204,9 @@ def main():
         state.finish_step(args.train_batch_size, tokens)
         step_log.finish_step(state.completed_steps, grad_norm, tokens)
         clock.tick(stop.requested)
+        if compiling:
+            bar.note(f"compiled; the first step took {3600 * (clock.used_hours - hours_before):.0f} s")
+            compiling = False
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step(limits.schedule_progress)  # of the next step
         reason = "signal" if clock.stop else limits.reached
@@ -249,14 +269,14 @@ def main():
 
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
-    parallel.check_launch(args.precision, args.report_to)
+    parallel.check_launch(args.precision, args.report_to, args.torch_compile)
     cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     corpus, *_ = prepare_rows(data_args, print)
-    build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer, "sdpa"), args)
+    build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer), args)
     return 0
 
 

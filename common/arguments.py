@@ -70,7 +70,7 @@ class ModelArguments:
         help="unigram: an untrained model answers with the training text's token frequencies; or zeros, as in BERT.",
     )
     attn_implementation: str = HfArg(
-        default="auto", help="plain (two matmuls), sdpa, or auto: plain for bf16 on a CPU, sdpa elsewhere."
+        default="auto", help="plain (two matmuls), sdpa, or auto: the faster one, measured at the start."
     )
 
     @property
@@ -155,6 +155,12 @@ class TrainingArguments:
         default=False, help="Halve the rows per device until they fit; the global batch stays."
     )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
+    torch_compile: bool | None = HfArg(
+        default=None, help="Compile the model (default: on a GPU; on a CPU it takes minutes and a C++ compiler)."
+    )
+    memory_settings: bool = HfArg(
+        default=True, help="Restart once with the C library's settings for large blocks of memory (Linux)."
+    )
 
     # ---- optimizer
     optimizer_type: str = HfArg(default="adamw", help="adamw, adam, sgd, or module:Class of any torch optimizer.")
@@ -432,12 +438,12 @@ def _check_limits(args):
 FREE_ON_RESUME = """
     output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps
     num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size
-    gradient_checkpointing eval_steps do_validation shards_per_epoch validation_epochs validation_epochs_begin
-    validation_epochs_end validation_begin_proportion validation_end_proportion use_early_stopping early_stop_time
-    early_stop_eval_loss resume_from_checkpoint checkpointing_steps checkpointing_minutes
-    num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to project_name job_name
-    bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples max_bad_records
-    trust_remote_code streaming attn_implementation model_name_or_path
+    gradient_checkpointing torch_compile memory_settings eval_steps do_validation shards_per_epoch validation_epochs
+    validation_epochs_begin validation_epochs_end validation_begin_proportion validation_end_proportion
+    use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps
+    checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to
+    project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples
+    max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
 """.split()
 # ... or because the fingerprint of the prepared text and tokenizer speaks for it.
 IN_THE_FINGERPRINT = """

@@ -5,11 +5,16 @@ import time
 
 import torch
 
-FORMULA = "6·T·P + 12·L·H·S·T + 6·M·(H² + H·V): T real tokens, M predicted ones, P weights of the layers"
+FORMULA = (
+    "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
+    "ones, P weights of the L layers; of the last layer only keys and values are needed at all T"
+)
 
 
 def flops_needed(config, tokens, targets, seq_length):
     """FLOPs that forward and backward need for these tokens; what is recomputed or padded does not count.
+
+    The loss sees the predicted positions alone: at the others, the last layer needs no more than keys and values.
 
     Args:
         config: transformers configuration of a BERT-like model.
@@ -17,11 +22,13 @@ def flops_needed(config, tokens, targets, seq_length):
     Source: 2 FLOPs per weight and token forward, twice that backward (Kaplan et al. 2020, section 2.1), attention
         scores and sums as in Chowdhery et al. 2022, appendix B.
     """
-    width = config.hidden_size
-    layers = config.num_hidden_layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    attention = 12 * config.num_hidden_layers * width * seq_length
-    head = width**2 + width * config.vocab_size
-    return 6 * tokens * layers + attention * tokens + 6 * targets * head
+    width, layers = config.hidden_size, config.num_hidden_layers
+    layer = 4 * width**2 + 2 * width * config.intermediate_size
+    keys_and_values = 2 * width**2
+    everywhere = (layers - 1) * layer + keys_and_values
+    at_targets = layer - keys_and_values + width**2 + width * config.vocab_size
+    attention = 12 * width * seq_length * (tokens * (layers - 1) + targets)
+    return 6 * tokens * everywhere + 6 * targets * at_targets + attention
 
 
 def matmul_peak(device, precision, seconds=0.3):
@@ -64,6 +71,7 @@ class Meter:
 
     def __init__(self, config, batches, device, precision, ranks):
         self.config, self.batches, self.device = config, batches, device
+        self.precision, self.ranks = precision, ranks
         self.peak = matmul_peak(device, precision) * ranks
         self._flops = self._tokens = self._seconds = self._waited = 0.0
 
@@ -87,7 +95,11 @@ class Meter:
         }
 
     def totals(self):
-        """The same over the whole run since it was started or resumed; None where no step was made."""
+        """The same over the whole run since it was started or resumed; None where no step was made.
+
+        The peak is the best of two measurements, at the start and now: a neighbour may have been busy during one.
+        """
+        self.peak = max(self.peak, matmul_peak(self.device, self.precision) * self.ranks)
         made = self._seconds > 0
         return {
             "tokens_per_second": self._tokens / self._seconds if made else None,

@@ -1,11 +1,10 @@
-# Sourced by the run_*.sh scripts: environment, accelerate YAML, memory and thread settings, and the launch itself.
+# Sourced by the run_*.sh scripts: environment, accelerate YAML, thread settings, and the launch itself.
 # Usage: source scripts/launch_env.sh
 # Nothing changes the folder: relative paths mean the folder of whoever calls. Empty arrays are written
 # ${a[@]+"${a[@]}"} because bash before 4.4 (macOS) takes them for unset.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$repo/scripts/setup.sh"
-source "$repo/scripts/memory_env.sh"
 python=${FRUGAL_VENV:-.venv}/bin/python
 [[ $python == /* ]] || python=$repo/$python
 launch_flags=()

@@ -15,7 +15,6 @@ case "${1:-}" in
 esac
 
 bash scripts/setup.sh --dev
-source scripts/memory_env.sh
 workers=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=1 # the workers share the cores
 exec "${FRUGAL_VENV:-.venv}/bin/python" -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadfile \

@@ -28,8 +28,6 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TE
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTHON", "MPL", "DS_ACCELERATOR")
 LAUNCHERS_OWN = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_", "PYTEST_")
 LAUNCHERS_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
-# scripts/memory_env.sh keeps freed memory, so that a test could not take it away again
-PLAIN_MALLOC = {"GLIBC_TUNABLES": None, "MALLOC_MMAP_THRESHOLD_": None, "MALLOC_TRIM_THRESHOLD_": None}
 GRACE_SECONDS = 30  # what torchrun gives the other ranks when one has failed
 
 
@@ -271,7 +269,7 @@ class Harness:
                 stderr=log,
                 text=True,
                 # NVML counts devices without starting CUDA, which would not survive a fork
-                env=environment(MPLBACKEND="Agg", PYTORCH_NVML_BASED_CUDA_CHECK="1", **PLAIN_MALLOC),
+                env=environment(MPLBACKEND="Agg", PYTORCH_NVML_BASED_CUDA_CHECK="1"),
                 start_new_session=True,  # Ctrl-C is for pytest, which then closes the server's stdin
             )
 

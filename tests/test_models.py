@@ -1,14 +1,17 @@
 """Our forward pass against stock transformers: same loss, same gradient, nothing seen across documents."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AttentionInterface, AutoModelForMaskedLM, BertForMaskedLM
 
 from common.arguments import DataArguments, ModelArguments
 from common.errors import UserError
-from common.models.attention import choose_attention
+from common.models.attention import PATHS, fastest_attention
+from common.models.cross_entropy import linear_cross_entropy
+from common.models.layers import use_attention
 from common.models.mlm import build_mlm_model
 
 VOCABULARY = 300
@@ -27,7 +30,9 @@ def build(mode="post-ln", attention="sdpa", packing="documents", **changes):
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     model_args = ModelArguments(encoder_ln_mode=mode, **{**shape, **changes})
     torch.manual_seed(0)
-    return build_mlm_model(model_args, DataArguments(max_seq_length=S, packing=packing), Tokenizer(), attention)
+    model = build_mlm_model(model_args, DataArguments(max_seq_length=S, packing=packing), Tokenizer())
+    use_attention(model, attention)
+    return model
 
 
 def packed_batch():
@@ -125,15 +130,16 @@ def test_bf16_attention_is_no_further_from_fp32_than_stock_bf16():
 def test_accuracy_counts_what_is_right():
     model = build().eval()
     packed = packed_batch()
+    stock = BertForMaskedLM(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    documents = packed.batch["document_ids"]
     with torch.no_grad():
-        hidden = model.bert(
+        logits = stock(
             packed.batch["input_ids"],
             position_ids=packed.batch["position_ids"],
-            attention_mask=(
-                packed.batch["document_ids"][:, None, :, None] == packed.batch["document_ids"][:, None, None]
-            ),
-        )[0]
-        best = model.cls(hidden).argmax(-1).gather(1, packed.batch["masked_positions"])
+            attention_mask=documents[:, None, :, None] == documents[:, None, None],
+        ).logits
+        best = logits.argmax(-1).gather(1, packed.batch["masked_positions"])
         packed.batch["masked_labels"][:, :2] = best[:, :2]
         correct = model(**packed.batch).correct
     assert correct[:, :2].all() and torch.equal(correct, best == packed.batch["masked_labels"])
@@ -146,7 +152,58 @@ def test_vocabulary_and_positions():
         build(vocab_size=299)
 
 
-def test_the_attention_path_follows_device_and_precision():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_attention("auto", cpu, "bf16") == "plain" and choose_attention("auto", cpu, "no") == "sdpa"
-    assert choose_attention("auto", cuda, "bf16") == "sdpa" and choose_attention("plain", cuda, "bf16") == "plain"
+def test_the_attention_path_is_the_faster_one(monkeypatch):
+    """What is chosen is what was measured: a path that is made to wait is not taken."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    paths = AttentionInterface()
+    for slow in PATHS:
+        path = paths[slow]
+
+        def waiting(*args, path=path, **kwargs):
+            time.sleep(0.05)
+            return path(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(AttentionInterface._global_mapping, slow, waiting)
+            chosen, seconds = fastest_attention(accelerator, build().config, 2, S, packed=True)
+        assert chosen != slow and seconds[slow] > 0.05 and set(seconds) == set(PATHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cross_entropy_equals_the_plain_one(dtype):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (
+        torch.randn(size, generator=generator, dtype=dtype) for size in ((40, 16), (97, 16), (97,))
+    )
+    labels = torch.randint(97, (40,), generator=generator)
+    weights = torch.rand(40, generator=generator)
+    weights[3] = 0
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    ours = linear_cross_entropy(*inputs, labels, weights)
+    losses = torch.nn.functional.cross_entropy((hidden @ weight.T + bias).float(), labels, reduction="none")
+    plain = (losses * weights).sum()
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs), strict=True
+    ):
+        assert torch.linalg.norm(mine - theirs) / torch.linalg.norm(theirs) < 1e-6
+
+
+def test_bf16_gradient_is_no_further_from_fp32_than_stock_bf16(tmp_path):
+    """The whole gradient, ours under autocast against stock transformers under autocast."""
+    ours = build(packing="documents").train()
+    ours.save_pretrained(tmp_path)
+    stock = AutoModelForMaskedLM.from_pretrained(tmp_path).train()
+    packed = packed_batch()
+
+    def gradient(model, loss):
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([grad.flatten() for grad in grads])
+
+    exact = gradient(ours, ours(**packed.batch).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = ours(**packed.batch).loss, stock_loss(stock, packed)
+    errors = [torch.linalg.norm(gradient(*side) - exact) for side in ((ours, mine), (stock, theirs))]
+    relative = [f"{error / exact.norm():.2e}" for error in errors]
+    print(f"relative error of the bf16 gradient: ours {relative[0]}, stock {relative[1]}")
+    assert errors[0] <= 1.1 * errors[1]

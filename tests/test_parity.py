@@ -111,3 +111,29 @@ def test_half_a_launch_is_refused(harness, tiny_corpus, cache, out):
 def test_an_unknown_role_is_refused(harness, tiny_corpus, cache, out):
     result = harness.run(*command(tiny_corpus, cache, out), env={"ROLE_NAME": "pipline schedule=2bw"}).check(2)
     assert "pipline" in result.stderr and "cpu" in result.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_compiled_model_trains_as_an_eager_one(harness, single, tiny_corpus, cache, tmp_path, processes):
+    out = tmp_path / "compiled"
+    words = command(tiny_corpus, cache, out, "--torch_compile", "true")
+    ranks = harness.launch(*words, config=fp32_copy(CONFIGS[1], tmp_path), num_processes=processes)
+    for rank in ranks:
+        rank.check()
+    assert "compiled; the first step took" in ranks[0].stdout + ranks[0].stderr
+    assert losses(out) == pytest.approx(losses(single), abs=1e-5)
+    assert results(out)["eval_loss"] == pytest.approx(results(single)["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_a_compiled_model_in_bf16(harness, tiny_corpus, cache, tmp_path):
+    """As far from the eager one as bf16 rounds: compiled kernels keep in fp32 what eager ones round in between."""
+    outs = []
+    for compiled in ("true", "false"):
+        out = tmp_path / compiled
+        words = command(tiny_corpus, cache, out, "--torch_compile", compiled, "--max_train_steps", 3)
+        harness.run(*[word for word in words if word != "--fp32"], "--bf16").check()
+        assert results(out)["precision"] == "bf16"
+        outs.append(out)
+    assert losses(outs[0]) == pytest.approx(losses(outs[1]), rel=2e-3)

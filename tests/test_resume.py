@@ -219,3 +219,15 @@ def test_runs_that_start_in_the_same_second_have_their_own_folders(harness, tiny
         run.wait().check()
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all(results(folder)["train_steps"] == 2 for folder in folders)
+
+
+def test_the_attention_path_is_measured_once(harness, tiny_corpus, cache, tmp_path):
+    whole, continued = tmp_path / "whole", tmp_path / "continued"
+    flags = ["--attn_implementation", "auto", "--checkpointing_steps", 4]
+    first = harness.run(*small_run(tiny_corpus, cache, whole, *flags, steps=8)).check()
+    assert "attention: " in first.stdout
+    shutil.copytree(whole, continued)
+    resume = ["--resume_from_checkpoint", continued / "step_4"]
+    second = harness.run(*small_run(tiny_corpus, cache, continued, *flags, *resume, steps=8)).check()
+    assert "continuing from" in second.stdout and "attention: " not in second.stdout
+    assert_same_run(whole, continued)

@@ -39,7 +39,7 @@ class Shell:
         self.log = folder / "log"
         for path in (self.repository / "scripts", self.here, self.bin, self.repository / ".venv" / "bin"):
             path.mkdir(parents=True)
-        for name in ("run_pretraining.sh", "launch_env.sh", "memory_env.sh"):
+        for name in ("run_pretraining.sh", "launch_env.sh"):
             shutil.copy(REPOSITORY / "scripts" / name, self.repository / "scripts")
         shutil.copytree(REPOSITORY / "accelerate_configs", self.repository / "accelerate_configs")
         executable(self.repository / "scripts" / "setup.sh", "exit 0\n")
@@ -107,7 +107,6 @@ def test_check_and_launch_get_the_same_words_and_the_users_folder(shell):
     assert launch["argv"][-len(words) - 1 :] == [script, *words]
     assert flag(launch, "--config_file") == str(shell.repository / "accelerate_configs" / "cpu.yaml")
     assert check["cwd"] == launch["cwd"] == str(shell.here)
-    assert check["env"]["MALLOC_TRIM_THRESHOLD_"] == launch["env"]["MALLOC_TRIM_THRESHOLD_"]
 
 
 def test_no_arguments_need_no_flags(shell):

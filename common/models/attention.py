@@ -1,11 +1,17 @@
 """Attention paths, registered with transformers' attention interface so that its models use them unchanged.
 
-B batch, A heads, S sequence, D head size.
+B batch, A heads, N queries, S sequence, D head size.
 """
+
+import time
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PATHS = ("sdpa", "plain")
+MEASUREMENTS = 4  # of each path; the first one warms up
+MEASURED_ROWS = 8  # on a CPU, where more would take long and tell no more
+CLEARLY = 0.9  # what is this much faster than sdpa is chosen; a smaller difference is noise
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -16,12 +22,12 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
 
     Args:
         module: the calling layer; its training mode decides on dropout.
-        query, key, value: [B, A, S, D].
-        attention_mask: None, or [B, 1, S, S] bool, True where attention is allowed.
+        query: [B, A, N, D]; key, value: [B, A, S, D].
+        attention_mask: None, or [B, 1, N, S] bool, True where attention is allowed.
         scaling: factor on the scores.
         dropout: probability in [0, 1).
     Returns:
-        (output, None): output is [B, S, A, D], as the interface asks.
+        (output, None): output is [B, N, A, D], as the interface asks.
     """
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
@@ -33,27 +39,50 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 AttentionInterface.register("plain", plain_attention)
-AttentionMaskInterface.register("plain", sdpa_mask)
 
 
-def same_document_mask(document_ids):
+def same_document_mask(of_queries, of_keys):
     """Who may attend to whom in packed rows: positions of the same document (padding only to padding).
 
     Args:
-        document_ids: [B, S] integers, 0 = padding.
+        of_queries, of_keys: document_ids [B, N] and [B, S], integers, 0 = padding.
     Returns:
-        [B, 1, S, S] bool.
+        [B, 1, N, S] bool.
     """
-    return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
 
 
-def choose_attention(asked, device, precision):
-    """The attention path for a run.
+def fastest_attention(accelerator, config, rows, seq_length, packed):
+    """Measure the attention paths on this device.
 
     Args:
-        asked: "auto", or the path to use.
-        device: torch.device; precision: accelerate's mixed_precision.
+        accelerator: for the device and the precision.
+        config: of the model; rows: B; seq_length: S; packed: whether documents in a row must not see each other.
+    Returns:
+        (name, seconds): the path to take, and what forward and backward of one layer took by each of them.
     """
-    if asked != "auto":
-        return asked
-    return "plain" if device.type == "cpu" and precision == "bf16" else "sdpa"
+    device = accelerator.device
+    rows = min(rows, MEASURED_ROWS) if device.type == "cpu" else rows
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    heads = config.num_attention_heads
+    shape = (rows, heads, seq_length, config.hidden_size // heads)
+    inputs = [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    documents = torch.arange(seq_length, device=device).expand(rows, -1) * 4 // seq_length
+    mask = same_document_mask(documents, documents) if packed else None
+    seconds = dict.fromkeys(PATHS, float("inf"))
+    for _ in range(MEASUREMENTS):
+        for name in PATHS:
+            seconds[name] = min(seconds[name], _time(AttentionInterface()[name], inputs, mask))
+    name = min(seconds, key=seconds.get)
+    return (name if seconds[name] < CLEARLY * seconds["sdpa"] else "sdpa"), seconds
+
+
+def _time(path, inputs, mask):
+    module = torch.nn.Identity()
+    wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    wait()
+    began = time.perf_counter()
+    output, _ = path(module, *inputs, mask, scaling=inputs[0].shape[-1] ** -0.5, dropout=0.0, is_causal=False)
+    torch.autograd.grad(output.sum(), inputs)
+    wait()
+    return time.perf_counter() - began

@@ -14,6 +14,8 @@ from transformers.utils import ModelOutput
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError
 from common.models.attention import same_document_mask
+from common.models.cross_entropy import linear_cross_entropy
+from common.models.layers import make_fast, use_attention
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
@@ -47,18 +49,37 @@ class MaskedPositionsMixin:
         Returns:
             MaskedLMLoss; outside training also `losses` [B, k] float32 and `correct` [B, k] bool.
         """
-        mask = same_document_mask(document_ids) if self.packs_documents else None
-        if mask is not None and self.config._attn_implementation == "eager":  # adds its mask instead of selecting
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
-        hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask)[0]  # [B, S, H]
-        wanted = masked_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        logits = self.cls(hidden.gather(1, wanted))  # [B, k, V]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), masked_labels.flatten(), reduction="none")
-        losses = losses.view_as(masked_weights)
-        loss = (losses * masked_weights).sum() / loss_denominator
+        mask = mask_of_masked = None
+        if self.packs_documents:
+            mask = same_document_mask(document_ids, document_ids)
+            mask_of_masked = same_document_mask(document_ids.gather(1, masked_positions), document_ids)
+        hidden = self._embed(input_ids, position_ids)  # [B, S, H]
+        *layers, last = self.base_model.encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        hidden = last(hidden, mask_of_masked, masked_positions)  # [B, k, H]
+        if hasattr(self.base_model.encoder, "ln"):  # of the pre-norm family
+            hidden = self.base_model.encoder.ln(hidden)
+        hidden = self.cls.predictions.transform(hidden).flatten(0, 1)
+        decoder, labels, weights = self.cls.predictions.decoder, masked_labels.flatten(), masked_weights.flatten()
         if self.training:
-            return MaskedLMLoss(loss=loss)
-        return MaskedLMLoss(loss=loss, losses=losses, correct=logits.argmax(-1) == masked_labels)
+            weights = weights / loss_denominator
+            return MaskedLMLoss(loss=linear_cross_entropy(hidden, decoder.weight, decoder.bias, labels, weights))
+        logits = decoder(hidden).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return MaskedLMLoss(
+            loss=(losses * weights).sum() / loss_denominator,
+            losses=losses.view_as(masked_weights),
+            correct=logits.argmax(-1).view_as(masked_labels) == masked_labels,
+        )
+
+    def _embed(self, input_ids, position_ids):
+        embeddings = self.base_model.embeddings
+        of_place = embeddings.position_embeddings(position_ids) + embeddings.token_type_embeddings.weight[0]
+        hidden = embeddings.word_embeddings(input_ids) + of_place
+        if hasattr(embeddings, "LayerNorm"):  # the pre-norm family has it in its layers
+            hidden = embeddings.LayerNorm(hidden)
+        return embeddings.dropout(hidden)
 
 
 def _with_masked_positions(stock):
@@ -72,22 +93,21 @@ FAMILIES = {
 }
 
 
-def build_mlm_model(model_args, data_args, tokenizer, attention):
+def build_mlm_model(model_args, data_args, tokenizer):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args: common.arguments.ModelArguments.
         tokenizer: its size is the least vocabulary; its special ids go into the configuration.
         data_args: common.arguments.DataArguments, for the length of rows and how they are packed.
-        attention: "plain" or "sdpa"; families that transformers runs eagerly only stay eager.
     Returns:
-        a stock transformers model whose forward is MaskedPositionsMixin's.
+        a stock transformers model whose forward is MaskedPositionsMixin's, with sdpa attention until use_attention.
     Raises:
         UserError: a vocabulary or a sequence length that does not fit, weights that cannot be loaded.
     """
     max_seq_length = data_args.max_seq_length
     if model_args.model_name_or_path:
-        model = _load(model_args, attention)
+        model = _load(model_args)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
     else:
         family = "megatron-bert" if model_args.encoder_ln_mode == "pre-ln" else "bert"
@@ -104,7 +124,6 @@ def build_mlm_model(model_args, data_args, tokenizer, attention):
             pad_token_id=tokenizer.pad_token_id,
             **model_args.shape,
         )
-        config._attn_implementation = attention if model_class._supports_sdpa else "eager"
         try:
             model = model_class(config)
         except KeyError as error:
@@ -117,11 +136,13 @@ def build_mlm_model(model_args, data_args, tokenizer, attention):
             f"--max_seq_length {max_seq_length} is above the model's {model.config.max_position_embeddings} "
             f"positions: {remedy}"
         )
+    make_fast(model)
+    use_attention(model, "sdpa")
     model.packs_documents = data_args.packing == "documents"
     return model
 
 
-def _load(model_args, attention):
+def _load(model_args):
     where = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -130,7 +151,6 @@ def _load(model_args, attention):
         model_class = FAMILIES[config.model_type][1]
         config.hidden_dropout_prob = model_args.hidden_dropout_prob
         config.attention_probs_dropout_prob = model_args.attention_probs_dropout_prob
-        config._attn_implementation = attention if model_class._supports_sdpa else "eager"
         model, info = model_class.from_pretrained(
             model_args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )

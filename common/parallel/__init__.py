@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import shutil
 import warnings
 
 import torch
@@ -64,11 +65,11 @@ def make_accelerator(precision=None, tracker="none"):
     return accelerator
 
 
-def check_launch(precision, tracker):
+def check_launch(precision, tracker, compiled=False):
     """Judge what the launcher and the command line ask for, without starting anything.
 
     Args:
-        precision, tracker: as make_accelerator.
+        precision, tracker: as make_accelerator; compiled: whether the model is to be compiled.
     Returns:
         str: the role that the YAML gives, "default" where it gives none.
     Raises:
@@ -79,7 +80,10 @@ def check_launch(precision, tracker):
     words = os.environ.get("ROLE_NAME", "").split() or ["default"]
     if words[0] not in ROLES or len(words) > 1:
         raise UserError(f"the YAML's role '{' '.join(words)}' is unknown: known roles are {', '.join(ROLES)}")
-    _resolve_precision(precision, words[0] == "cpu" or not torch.cuda.is_available())
+    on_cpu = words[0] == "cpu" or not torch.cuda.is_available()
+    _resolve_precision(precision, on_cpu)
+    if compiled and on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("--torch_compile needs a C++ compiler on a CPU: install g++, or drop the flag")
     return words[0]
 
 

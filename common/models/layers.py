@@ -1,0 +1,87 @@
+"""Encoder layers for pretraining: stock transformers layers, with their parameters, names and hooks, and less work.
+
+Query, key and value come from one matrix product, and the last layer computes only the positions that the head will
+look at: keys and values of all, queries and everything after the attention of those alone. Numbers are the same.
+
+B batch, S sequence, N wanted positions in a row, H hidden size, A heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
+
+
+def take(hidden, wanted):
+    """Rows of `hidden` [B, S, H] at the positions `wanted` [B, N]: [B, N, H]."""
+    return hidden.gather(1, wanted[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def attend(attention, path, hidden, mask, wanted):
+    """Self-attention of all positions, or of some of them to all.
+
+    Args:
+        attention: stock module with query, key and value layers.
+        path: function of transformers' attention interface.
+        hidden: [B, S, H].
+        mask: None, or bool [B, 1, S, S] ([B, 1, N, S] where some are wanted), True where attention is allowed.
+        wanted: None for all, or [B, N] int64.
+    Returns:
+        [B, S, H], or [B, N, H].
+    """
+    layers = [attention.query, attention.key, attention.value]
+    if wanted is None:
+        query, key, value = _project(layers, hidden)
+    else:
+        key, value = _project(layers[1:], hidden)
+        query = attention.query(take(hidden, wanted))
+    heads = (-1, attention.attention_head_size)
+    query, key, value = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key, value))  # [B, A, S, D]
+    dropout = attention.dropout.p if attention.training else 0.0
+    scaling = attention.attention_head_size**-0.5
+    output, _ = path(attention, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
+    return output.flatten(2)
+
+
+def _project(layers, hidden):
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
+
+
+class PostNormLayer(BertLayer):
+    """A BertLayer whose forward computes what pretraining needs."""
+
+    def forward(self, hidden, mask=None, wanted=None):
+        """hidden [B, S, H]; mask and wanted as attend. Returns [B, S, H], or [B, N, H]."""
+        residual = hidden if wanted is None else take(hidden, wanted)
+        hidden = attend(self.attention.self, self.attention_path, hidden, mask, wanted)
+        hidden = self.attention.output(hidden, residual)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class PreNormLayer(MegatronBertLayer):
+    """A MegatronBertLayer whose forward computes what pretraining needs, by any attention path."""
+
+    def forward(self, hidden, mask=None, wanted=None):
+        """As PostNormLayer.forward."""
+        residual = hidden if wanted is None else take(hidden, wanted)
+        hidden = attend(self.attention.self, self.attention_path, self.attention.ln(hidden), mask, wanted)
+        hidden = self.attention.output(hidden, residual)
+        return self.output(self.intermediate(self.ln(hidden)), hidden)
+
+
+FAST = {BertLayer: PostNormLayer, MegatronBertLayer: PreNormLayer}
+
+
+def make_fast(model):
+    """Give the encoder layers of a stock model the forward passes above; use_attention must follow."""
+    for layer in model.base_model.encoder.layer:
+        layer.__class__ = FAST[type(layer)]
+
+
+def use_attention(model, name):
+    """Choose the attention path of all layers, by its name in transformers' interface."""
+    for layer in model.base_model.encoder.layer:
+        layer.attention_path = AttentionInterface()[name]

@@ -23,7 +23,7 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
     Args:
         module: the calling layer; its training mode decides on dropout.
         query: [B, A, N, D]; key, value: [B, A, S, D].
-        attention_mask: None, or [B, 1, N, S] bool, True where attention is allowed.
+        attention_mask: None, or what same_document_mask gives, in their precision.
         scaling: factor on the scores.
         dropout: probability in [0, 1).
     Returns:
@@ -31,7 +31,7 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
     """
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     if dropout and module.training:
         weights = torch.nn.functional.dropout(weights, dropout)
@@ -41,15 +41,25 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
 AttentionInterface.register("plain", plain_attention)
 
 
-def same_document_mask(of_queries, of_keys):
-    """Who may attend to whom in packed rows: positions of the same document (padding only to padding).
+def same_document_mask(of_queries, of_keys, dtype):
+    """What to add to the scores in packed rows, so that positions attend to their own document alone.
+
+    Added, not selected by: no path has to make it of a bool again in every layer, and it needs no backward pass.
 
     Args:
-        of_queries, of_keys: document_ids [B, N] and [B, S], integers, 0 = padding.
+        of_queries, of_keys: document_ids [B, N] and [B, S], integers, 0 = padding (which attends to padding).
+        dtype: of the scores.
     Returns:
-        [B, 1, N, S] bool.
+        [B, 1, N, S] of dtype: 0 within a document, the lowest finite number elsewhere.
     """
-    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
+    other = of_queries[:, :, None] != of_keys[:, None, :]
+    mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
+    return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
+
+
+def compute_dtype(device):
+    """The precision of matrix products here and now: autocast's, or fp32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def fastest_attention(accelerator, config, rows, seq_length, packed):
@@ -68,7 +78,7 @@ def fastest_attention(accelerator, config, rows, seq_length, packed):
     shape = (rows, heads, seq_length, config.hidden_size // heads)
     inputs = [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     documents = torch.arange(seq_length, device=device).expand(rows, -1) * 4 // seq_length
-    mask = same_document_mask(documents, documents) if packed else None
+    mask = same_document_mask(documents, documents, dtype) if packed else None
     seconds = dict.fromkeys(PATHS, float("inf"))
     for _ in range(MEASUREMENTS):
         for name in PATHS:

@@ -25,7 +25,7 @@ def attend(attention, path, hidden, mask, wanted):
         attention: stock module with query, key and value layers.
         path: function of transformers' attention interface.
         hidden: [B, S, H].
-        mask: None, or bool [B, 1, S, S] ([B, 1, N, S] where some are wanted), True where attention is allowed.
+        mask: None, or what to add to the scores, [B, 1, S, S] ([B, 1, N, S] where some are wanted).
         wanted: None for all, or [B, N] int64.
     Returns:
         [B, S, H], or [B, N, H].

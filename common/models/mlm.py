@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError
-from common.models.attention import same_document_mask
+from common.models.attention import compute_dtype, same_document_mask
 from common.models.cross_entropy import linear_cross_entropy
 from common.models.layers import make_fast, use_attention
 
@@ -51,8 +51,9 @@ class MaskedPositionsMixin:
         """
         mask = mask_of_masked = None
         if self.packs_documents:
-            mask = same_document_mask(document_ids, document_ids)
-            mask_of_masked = same_document_mask(document_ids.gather(1, masked_positions), document_ids)
+            dtype = compute_dtype(document_ids.device)
+            mask = same_document_mask(document_ids, document_ids, dtype)
+            mask_of_masked = same_document_mask(document_ids.gather(1, masked_positions), document_ids, dtype)
         hidden = self._embed(input_ids, position_ids)  # [B, S, H]
         *layers, last = self.base_model.encoder.layer
         for layer in layers:

@@ -18,6 +18,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.interleaved import REPOSITORY, Case, median, ratio, run_rounds, stock_environment
 from benchmarks.results import spread, write_results
 from common.memory_settings import SETTINGS
@@ -40,19 +42,26 @@ class Row:
     length: int
     batch: int = 32
     lines: bool = False  # one sentence per line, in place of one stream
-    steps: int = 6
-    warm_up: int = 2
+    steps: int = 3
+    warm_up: int = 1
     ablation: bool = False
 
 
-ROWS = {
+CPU_ROWS = {
     "mini-128": Row("mini", 128),
     "mini-512": Row("mini", 512, batch=8),
-    "small-128": Row("small", 128, steps=3, warm_up=1),
-    "base-128": Row("base", 128, steps=1, warm_up=1),
+    "small-128": Row("small", 128, steps=2),
+    "base-128": Row("base", 128, steps=1),
     "lines": Row("mini", 128, lines=True),
     "ablation": Row("mini", 128, ablation=True),
 }
+GPU_ROWS = {
+    "base-128": Row("base", 128, batch=256, steps=20, warm_up=10),
+    "base-512": Row("base", 512, batch=64, steps=20, warm_up=10),
+    "large-128": Row("large", 128, batch=128, steps=20, warm_up=10),
+    "lines": Row("base", 128, batch=256, lines=True, steps=20, warm_up=10),
+}
+ROWS = GPU_ROWS if torch.cuda.is_available() else CPU_ROWS
 
 
 def main():

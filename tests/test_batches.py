@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.batches import EvalBatches, Masking, TrainBatches
+from common.data.batches import EvalBatches, Masking, TrainBatches, make_batch
 from common.data.masking import derive_key, mask_rows, permute
 from common.data.packing import ConcatenatedRows, DocumentRows
 from plain import TOKENIZER, token_file
@@ -50,25 +51,70 @@ def test_a_repeated_position_keeps_one_treatment():
     assert positions.tolist() == [[3, 3, 3, 3]] and labels.tolist() == [[50] * 4] and weights.sum() == 1
 
 
-def test_80_10_10_and_uniform_choice():
-    rows, width, k, vocab = 4000, 64, 10, 1000
+def chi_square(counts, expected):
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def limit_of(degrees):
+    """What chi-square stays below but once in a million times (Wilson and Hilferty's approximation)."""
+    return degrees * (1 - 2 / (9 * degrees) + 4.75 * np.sqrt(2 / (9 * degrees))) ** 3
+
+
+def test_80_10_10_of_every_rank_among_the_chosen_and_replacements_uniform():
+    rows, width, k, vocab = 8000, 64, 10, 1000
     ids = np.full((rows, width), 77)
     positions, _, _ = mask_rows(ids, np.ones((rows, width), bool), derive_key(3, np.arange(rows)), k, vocab, 4)
     after = np.take_along_axis(ids, positions, axis=1)
-    number = rows * k
-    share = lambda hits: hits.sum() / number  # noqa: E731
-    bound = 4 * np.sqrt(0.16 / number)  # four standard deviations of the largest of the three
-    assert abs(share(after == 4) - 0.8 - 0.1 / vocab) < bound
-    assert abs(share(after == 77) - 0.1 - 0.1 / vocab) < bound
-    assert abs(share((after != 4) & (after != 77)) - 0.1) < bound
-    replaced = after[(after != 4) & (after != 77)]
-    assert (
-        replaced.min() < 20
-        and replaced.max() > 980
-        and abs(replaced.mean() - 499.5) < 4 * 289 / np.sqrt(len(replaced))
-    )
+    masked, kept = after == 4, after == 77
+    replaced = ~masked & ~kept
+    for rank in range(k):
+        for hits, share in ((masked, 0.8 + 0.1 / vocab), (kept, 0.1 + 0.1 / vocab), (replaced, 0.1 - 0.2 / vocab)):
+            assert abs(hits[:, rank].mean() - share) < 4.5 * np.sqrt(share * (1 - share) / rows)
+    both = (replaced[:, :-1] & replaced[:, 1:]).mean()  # neighbours are treated independently
+    assert abs(both - 0.01) < 4.5 * np.sqrt(0.01 / (rows * (k - 1)))
+    counts = np.bincount(after[replaced], minlength=vocab)
+    assert counts.argmax() < vocab == len(counts)
+    counts = np.delete(counts, [4, 77])
+    assert chi_square(counts, counts.mean()) < limit_of(len(counts) - 1)
+    action_of_token = replaced.sum() / vocab  # a token's value has nothing to do with its position
+    assert abs(np.corrcoef(after[replaced], positions[replaced])[0, 1]) < 4.5 / np.sqrt(action_of_token * vocab)
+
+
+def test_every_position_and_every_pair_is_chosen_equally_often():
+    rows, width, k = 40_000, 24, 4
+    maskable = np.ones((rows, width), bool)
+    maskable[:, [0, 9, 23]] = False
+    text = np.flatnonzero(maskable[0])
+    keys = derive_key(5, np.arange(rows))
+    positions, _, _ = mask_rows(np.full((rows, width), 77), maskable, keys, k, 1000, 4)
     counts = np.bincount(positions.ravel(), minlength=width)
-    assert ((counts - number / width) ** 2 / (number / width)).sum() < 120  # chi-square, 63 degrees: p < 1e-5
+    assert counts[~maskable[0]].sum() == 0
+    # the positions of a row are not independent: without replacement their counts vary less
+    expected = rows * k / len(text)
+    assert chi_square(counts[text], expected) / (1 - (k - 1) / (len(text) - 1)) < limit_of(len(text) - 1)
+    pairs = np.zeros((width, width))
+    for i in range(k):
+        for j in range(i + 1, k):
+            np.add.at(pairs, (positions[:, i], positions[:, j]), 1)
+    seen = pairs[np.ix_(text, text)][np.triu_indices(len(text), 1)]
+    assert chi_square(seen, seen.mean()) < limit_of(len(seen) - 1)
+    following = (positions[:-1] == positions[1:]).all(axis=1).mean()  # rows are masked independently
+    assert following < 2 / 5985 * 2  # one in 21 over 4
+
+
+def test_rows_are_masked_alone_as_in_company():
+    rng = np.random.default_rng(0)
+    ids, maskable = rng.integers(10, 1000, (40, 33)), rng.random((40, 33)) < 0.7
+    maskable[7] = False
+    keys = derive_key(11, np.arange(40))
+    together = ids.copy()
+    targets = mask_rows(together, maskable, keys, 5, 1000, 4)
+    for row in range(40):
+        alone, part = ids[row : row + 1].copy(), slice(row, row + 1)
+        for mine, all_ in zip(mask_rows(alone, maskable[part], keys[part], 5, 1000, 4), targets, strict=True):
+            assert (mine == all_[part]).all()
+        assert (alone == together[part]).all()
+    assert (together[7] == ids[7]).all() and targets[2][7].sum() == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -110,6 +156,31 @@ def test_the_cut_does_not_change_the_micro_batches_and_a_resume_continues_them(t
     assert_same(one, merge(*two))
     resumed = take(TrainBatches(rows, masking, 7, 4, 4, 0, 1, CPU, consumed_rows=16 * 3), 12)
     assert_same(one[12:24], resumed)
+
+
+@pytest.mark.parametrize("located, built", [(1, 1), (50, 900), (100_000, 100_000)])
+def test_how_many_rows_are_built_at_once_changes_nothing(tmp_path, monkeypatch, located, built):
+    rows, masking = make_rows(tmp_path), Masking(0.15, 910, 4)
+    stream = lambda: TrainBatches(rows, masking, 7, 4, 3, 1, 2, CPU, consumed_rows=24 * 9)  # noqa: E731
+    expected = take(stream(), 60)
+    monkeypatch.setattr("common.data.batches.LOCATED_ROWS", located)
+    monkeypatch.setattr("common.data.batches.BUILT_TOKENS", built)
+    assert_same(take(stream(), 60), expected)
+
+
+def test_the_stream_is_what_making_one_batch_after_another_gives(tmp_path):
+    rows, masking = make_rows(tmp_path), Masking(0.15, 910, 4)
+    stream = TrainBatches(rows, masking, 7, 4, 2, 0, 1, CPU)
+    for number, (batch, micro_batch, tokens) in enumerate(take(stream, 2 * len(rows) // 4)):
+        epoch, row = stream.locate(np.arange(4 * number, 4 * number + 4))
+        plain = make_batch(rows, row, masking, stream.k, derive_key(7, epoch, row))
+        assert all((batch[name].numpy() == plain[name]).all() for name in plain)
+        assert all(batch[name].numpy().dtype == plain[name].dtype for name in plain)
+        places = np.arange(8 * (number // 2), 8 * (number // 2) + 8)
+        built = rows.build(stream.locate(places)[1])
+        assert micro_batch == number % 2 and tokens == (built["document_ids"] > 0).sum()
+        weight = np.minimum(built["maskable"].sum(axis=1), stream.k).sum()
+        assert batch["loss_denominator"] == np.float32(weight / 2)
 
 
 def test_smaller_micro_batches_hold_the_same_global_batch_and_loss_weight(tmp_path):
@@ -160,7 +231,7 @@ def test_validation_is_the_same_for_any_cut_rate_and_process_count(tmp_path):
 
 def test_an_error_while_making_batches_reaches_the_loop(tmp_path):
     rows = make_rows(tmp_path)
-    rows.tokens = SimpleNamespace()  # cannot be indexed
+    rows.lengths = SimpleNamespace()  # cannot be indexed
     try:
         next(iter(TrainBatches(rows, Masking(0.15, 910, 4), 7, 4, 1, 0, 1, CPU)))
     except TypeError as error:

@@ -299,7 +299,7 @@ def test_second_process_waits_for_the_first(arguments, other_process):
 def test_dead_worker_ends_in_one_line(tokenizer_folder):
     batches = [["text " * 300_000], ["text " * 300_000]]
     with pytest.raises(UserError, match="--preprocessing_num_workers"):
-        list(tokenize(batches, '{"not": "a tokenizer"}', np.uint16, workers=2))
+        list(tokenize(batches, '{"not": "a tokenizer"}', np.uint16, 2, print))
 
 
 def test_importing_does_not_load_the_heavy_libraries():

@@ -16,6 +16,8 @@ import torch
 from common.data.masking import derive_key, mask_rows, permute, targets_per_row
 from common.data.tokenizers import vocabulary_size
 
+LOCATED_ROWS = 1 << 14  # a place in the order costs 0.1 KB
+BUILT_TOKENS = 1 << 17  # of several micro-batches; about 6 MB while they are made
 EVAL_SEED = 0x5EED  # validation masks are the same for every run, whatever its seed
 EVAL_PROBABILITY = 0.15  # and so is their rate, so that losses can be compared
 
@@ -82,7 +84,7 @@ class TrainBatches:
 
     def _fill(self, ready, stop):
         try:
-            for item in self._micro_batches():
+            for item in self.micro_batches():
                 while not stop.is_set():
                     try:
                         ready.put(item, timeout=0.1)
@@ -94,20 +96,31 @@ class TrainBatches:
         except BaseException as error:  # raised again in the training loop
             ready.put(error)
 
-    def _micro_batches(self):
+    def micro_batches(self):
+        """As __iter__, but numpy arrays, made by the thread that asks for them.
+
+        Many steps are located and many rows built at once: most of what numpy costs, it costs per call.
+        """
         first = self.consumed_rows
+        steps = max(1, LOCATED_ROWS // self.global_batch)
+        at_once = max(1, BUILT_TOKENS // (self.batch_size * self.rows.seq_length))  # micro-batches
         while True:
-            epoch, row = self.locate(np.arange(first, first + self.global_batch))
-            weight = np.minimum(self.rows.text_tokens(row), self.k).sum()
-            tokens = int(self.rows.real_tokens(row).sum())
-            micro_batches = self.accumulation * self.ranks
-            for number in range(self.rank, micro_batches, self.ranks):
-                part = slice(number * self.batch_size, (number + 1) * self.batch_size)
-                keys = derive_key(self.seed, epoch[part], row[part])
-                batch = make_batch(self.rows, row[part], self.masking, self.k, keys)
-                batch["loss_denominator"] = np.float32(weight / micro_batches)
-                yield batch, number, tokens
-            first += self.global_batch
+            epoch, row = self.locate(np.arange(first, first + steps * self.global_batch))
+            keys = derive_key(self.seed, epoch, row)
+            weight = np.minimum(self.rows.text_tokens(row), self.k).reshape(steps, -1).sum(axis=1)
+            tokens = self.rows.real_tokens(row).reshape(steps, -1).sum(axis=1)
+            dealt = (steps * self.accumulation, self.ranks, self.batch_size)
+            row, keys = row.reshape(dealt)[:, self.rank], keys.reshape(dealt)[:, self.rank]  # of this process
+            for begin in range(0, len(row), at_once):
+                part = slice(begin, begin + at_once)
+                built = make_batch(self.rows, row[part].ravel(), self.masking, self.k, keys[part].ravel())
+                built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
+                for index in range(len(built["input_ids"])):
+                    step, micro_batch = divmod(begin + index, self.accumulation)
+                    batch = {name: array[index] for name, array in built.items()}
+                    batch["loss_denominator"] = np.float32(weight[step] / (self.accumulation * self.ranks))
+                    yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
+            first += steps * self.global_batch
 
     def locate(self, places):
         """(epoch, row), each [n] int64, for places in the endless sequence of rows."""

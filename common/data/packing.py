@@ -94,12 +94,13 @@ class DocumentRows:
     """
 
     def __init__(self, token_file, tokenizer, seq_length, cache_folder):
-        self.tokens, self.seq_length = token_file.tokens, seq_length
+        self.tokens, self.seq_length = np.asarray(token_file.tokens), seq_length
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         folder = Path(cache_folder) / f"rows-{seq_length}-v{PLAN_FORMAT}"
         if not _is_whole(folder):
             _write_plan(token_file, seq_length, folder)
-        load = lambda name: np.memmap(folder / f"{name}.bin", PLAN_FILES[name], mode="r")  # noqa: E731
+        # memory maps, but as plain arrays: what is taken out of a np.memmap is one, too, which costs time
+        load = lambda name: np.asarray(np.memmap(folder / f"{name}.bin", PLAN_FILES[name], mode="r"))  # noqa: E731
         self.row_ends, self.row_tokens = load("row_ends"), load("row_tokens")
         self.starts, self.lengths = load("starts"), load("lengths")
 
@@ -124,39 +125,43 @@ class DocumentRows:
             dict of [B, S]: input_ids, position_ids, document_ids int64 (0 = padding), maskable bool.
         """
         first, last = self._segment_range(rows)
-        per_row = last - first
-        segment = ranges(first, per_row)  # [g] segments of these rows, row by row
-        row = np.repeat(np.arange(len(rows)), per_row)
-        starts, lengths = self.starts[segment], self.lengths[segment].astype(np.int64)
-        full = lengths + SPECIALS
-        ends = np.cumsum(full)
-        before_row = np.concatenate([[0], ends[np.cumsum(per_row) - 1]])[:-1]  # tokens in earlier rows of the batch
-        offset = row * self.seq_length + (ends - full - before_row[row])  # where each segment begins, flat
-        within = ranges(np.zeros_like(full), full)  # position inside the segment
-        place = np.repeat(offset, full) + within
+        segment = ranges(first, last - first)  # [g] segments of these rows, row by row
+        pieces = last - first + 1  # in each row: its segments, then its padding
+        padding = np.zeros(len(segment) + len(pieces), bool)
+        padding[np.cumsum(pieces) - 1] = True
+        text = ~padding
+        document = ranges(np.ones_like(pieces), pieces)
+        document[padding] = 0
+        sizes = np.empty(len(padding), np.int64)
+        sizes[text] = self.lengths[segment] + SPECIALS
+        sizes[padding] = self.seq_length - self.row_tokens[rows]
+        ends = np.cumsum(sizes)
+        begins = ends - sizes  # in these rows laid end to end
+        shift = np.zeros_like(begins)
+        shift[text] = self.starts[segment] - (begins[text] + 1)  # from there to the place in the file
 
-        shape = (len(rows), self.seq_length)
-        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
-        position_ids, document_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        maskable = np.zeros(shape, dtype=bool)
-        text = np.repeat(offset + 1, lengths) + ranges(np.zeros_like(lengths), lengths)
-        input_ids.ravel()[text] = self.tokens[ranges(starts, lengths)]
-        input_ids.ravel()[offset] = self.cls_id
-        input_ids.ravel()[offset + full - 1] = self.sep_id
-        position_ids.ravel()[place] = within
-        document_ids.ravel()[place] = np.repeat(segment - first[row] + 1, full)
-        maskable.ravel()[text] = True
-        return {
+        place = np.arange(len(rows) * self.seq_length)
+        input_ids = self.tokens.take(place + np.repeat(shift, sizes), mode="clip").astype(np.int64)
+        position_ids = place - np.repeat(begins, sizes)
+        document_ids = np.repeat(document, sizes)
+        maskable = np.ones(len(place), bool)
+        unused = ranges(begins[padding], sizes[padding])
+        position_ids[unused] = 0
+        for value, places in ((self.cls_id, begins[text]), (self.sep_id, ends[text] - 1), (self.pad_id, unused)):
+            input_ids[places] = value
+            maskable[places] = False
+        flat = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "document_ids": document_ids,
             "maskable": maskable,
         }
+        return {name: array.reshape(len(rows), self.seq_length) for name, array in flat.items()}
 
     def _segment_range(self, rows):
         rows = np.asarray(rows)
         first = np.where(rows > 0, self.row_ends[rows - 1], 0)
-        return first, np.asarray(self.row_ends[rows])
+        return first, self.row_ends[rows]
 
 
 class ConcatenatedRows:
@@ -166,7 +171,7 @@ class ConcatenatedRows:
     """
 
     def __init__(self, token_file, tokenizer, seq_length):
-        self.tokens, self.seq_length = token_file.tokens, seq_length
+        self.tokens, self.seq_length = np.asarray(token_file.tokens), seq_length
         self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.starts = np.asarray(token_file.starts)
         self.lengths = np.asarray(token_file.lengths, dtype=np.int64)
@@ -187,25 +192,37 @@ class ConcatenatedRows:
 
     def build(self, rows):
         """As DocumentRows.build; positions run through the row and document_ids are 1."""
-        place = np.asarray(rows)[:, None] * self.seq_length + np.arange(self.seq_length)  # [B, S] in the stream
-        document, offset = self._locate(place)
-        maskable = (offset > 0) & (offset <= self.lengths[document])
-        input_ids = np.where(offset == 0, self.cls_id, self.sep_id)
-        input_ids[maskable] = self.tokens[(self.starts[document] + offset - 1)[maskable]]
-        return {
-            "input_ids": input_ids,
-            "position_ids": np.tile(np.arange(self.seq_length), (len(rows), 1)),
-            "document_ids": np.ones_like(input_ids),
-            "maskable": maskable,
-        }
+        starts = np.asarray(rows) * self.seq_length  # in the stream
+        first = np.searchsorted(self.stream_starts, starts, side="right") - 1
+        number = np.searchsorted(self.stream_starts, starts + self.seq_length) - first  # of documents in each row
+        document = ranges(first, number)
+        row_start = np.repeat(starts, number)
+        begins, ends = self.stream_starts[document] - row_start, self.stream_starts[document + 1] - row_start
+        sizes = np.minimum(ends, self.seq_length) - np.maximum(begins, 0)
+        offset = np.repeat(np.arange(len(starts)) * self.seq_length, number)  # of the row among these rows
 
-    def _locate(self, place):
-        document = np.searchsorted(self.stream_starts, place, side="right") - 1
-        return document, place - self.stream_starts[document]
+        place = np.arange(len(starts) * self.seq_length)
+        shift = self.starts[document] - (offset + begins + 1)  # from there to the place in the file
+        input_ids = self.tokens.take(place + np.repeat(shift, sizes), mode="clip").astype(np.int64)
+        maskable = np.ones(len(place), bool)
+        opened, closed = begins >= 0, ends <= self.seq_length
+        for value, places in ((self.cls_id, (offset + begins)[opened]), (self.sep_id, (offset + ends - 1)[closed])):
+            input_ids[places] = value
+            maskable[places] = False
+        shape = (len(starts), self.seq_length)
+        position_ids = np.empty(shape, np.int64)
+        position_ids[:] = np.arange(self.seq_length)
+        return {
+            "input_ids": input_ids.reshape(shape),
+            "position_ids": position_ids,
+            "document_ids": np.ones(shape, np.int64),
+            "maskable": maskable.reshape(shape),
+        }
 
     def _text_up_to(self, place):
         place = np.minimum(place, self.stream_starts[-1] - 1)
-        document, offset = self._locate(place)
+        document = np.searchsorted(self.stream_starts, place, side="right") - 1
+        offset = place - self.stream_starts[document]
         return self.text_before[document] + np.clip(offset - 1, 0, self.lengths[document])
 
 

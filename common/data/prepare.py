@@ -221,7 +221,7 @@ def _write_token_files(folder: Path, parts, tokenizer, data_args, say) -> None:
         TokenFileWriter(folder / "train", dtype) as train,
         TokenFileWriter(folder / "validation", dtype) as validation,
     ):
-        for tokens, lengths in tokenize(batches(), tokenizer.backend_tokenizer.to_str(), dtype, workers):
+        for tokens, lengths in tokenize(batches(), tokenizer.backend_tokenizer.to_str(), dtype, workers, say):
             (validation if held_out_of.popleft() else train).append(tokens, lengths)
             if time.monotonic() - last_report >= SECONDS_BETWEEN_REPORTS:
                 last_report = time.monotonic()

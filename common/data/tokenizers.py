@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
+from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
 from common.errors import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -182,16 +186,18 @@ def vocabulary_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def corpus_encoder(backend_json: str):
+def corpus_encoder(backend_json: str, dtype, say: Callable[[str], None]) -> Callable[[list[str]], list[bytes]]:
     """Make the function that turns a corpus into token ids, without special tokens.
 
     Text is only text here: "[MASK]" in a document is not the mask token. Used by the tokenizing processes, so it needs
-    nothing but the tokenizers library.
+    nothing but numpy and the tokenizers library.
 
     Args:
         backend_json: the backend tokenizer's to_str().
+        dtype: numpy integer type of the ids.
+        say: called with one line if the fast way (common/data/word_cache.py) cannot be trusted.
     Returns:
-        A function from a list of strings to a list of lists of ids.
+        A function from a list of strings to a list of their ids, as bytes.
     """
     from tokenizers import Tokenizer
 
@@ -199,8 +205,14 @@ def corpus_encoder(backend_json: str):
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    typecode = np.dtype(dtype).char
 
-    def encode(documents: list[str]) -> Iterator[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
+    def encode(documents: list[str]) -> list[bytes]:
+        encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
+        return [array(typecode, encoding.ids).tobytes() for encoding in encodings]
 
-    return encode
+    facts = json.loads(backend_json)
+    if not can_be_cached(facts):
+        return encode
+    cache = WordCache(facts["model"], facts["normalizer"]["lowercase"], encode, dtype)
+    return CheckedEncoder(cache.encode, encode, say)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -27,7 +27,9 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBL
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tokenize(batches: Iterable[list[str]], backend_json: str, dtype, workers: int) -> Iterator[tuple]:
+def tokenize(
+    batches: Iterable[list[str]], backend_json: str, dtype, workers: int, say: Callable[[str], None]
+) -> Iterator[tuple]:
     """Tokenize batches of documents, in order.
 
     Args:
@@ -35,6 +37,7 @@ def tokenize(batches: Iterable[list[str]], backend_json: str, dtype, workers: in
         backend_json: the backend tokenizer's to_str().
         dtype: numpy integer type of the ids.
         workers: number of processes of one thread each; 1 works in this one, in as many threads as Rust takes.
+        say: called with a line of text where something is out of the ordinary, once.
     Yields:
         (tokens [T] of dtype, lengths int32 [n]) of each batch, documents without a token left out.
     Raises:
@@ -45,7 +48,7 @@ def tokenize(batches: Iterable[list[str]], backend_json: str, dtype, workers: in
     batches = chain(head, batches)
     small = sum(len(document) for batch in head for document in batch) < BATCH_CHARACTERS
     if workers == 1 or small:  # starting a process takes as long as tokenizing 1 MB
-        encode = corpus_encoder(backend_json)
+        encode = corpus_encoder(backend_json, dtype, say)
         yield from (_encode(encode, batch, dtype) for batch in batches)
         return
     with ExitStack() as stack:
@@ -61,24 +64,27 @@ def tokenize(batches: Iterable[list[str]], backend_json: str, dtype, workers: in
             finally:
                 idle.put(worker)
 
-        pending = deque()
+        pending, said = deque(), []
+
+        def finished():
+            tokens, lengths, notes = pending.popleft().result()
+            if notes and not said:  # every worker finds the same
+                say(notes[0])
+                said.extend(notes)
+            return tokens, lengths
+
         for batch in batches:
             pending.append(pool.submit(encode_elsewhere, batch))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield finished()
         while pending:
-            yield pending.popleft().result()
+            yield finished()
 
 
 def _encode(encode, documents: list[str], dtype) -> tuple[np.ndarray, np.ndarray]:
     sequences = [ids for ids in encode(documents) if ids]
-    lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
-    tokens = np.empty(lengths.sum(), dtype)
-    at = 0
-    for ids in sequences:
-        tokens[at : at + len(ids)] = ids
-        at += len(ids)
-    return tokens, lengths
+    lengths = np.fromiter(map(len, sequences), np.int32, len(sequences)) // np.dtype(dtype).itemsize
+    return np.frombuffer(b"".join(sequences), dtype), lengths
 
 
 class _Worker:
@@ -105,7 +111,8 @@ class _Worker:
         pickle.dump(what, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
         self.process.stdin.flush()
 
-    def encode(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """As _encode, and what is to be said."""
         try:
             self._send(documents)
             return pickle.load(self.process.stdout)
@@ -121,10 +128,13 @@ def _work() -> None:
     requests, results = sys.stdin.buffer, sys.stdout.buffer
     try:
         backend_json, dtype = pickle.load(requests)
-        encode = corpus_encoder(backend_json)
+        notes = []
+        encode = corpus_encoder(backend_json, dtype, notes.append)
         while True:
-            pickle.dump(_encode(encode, pickle.load(requests), np.dtype(dtype)), results, pickle.HIGHEST_PROTOCOL)
+            answer = (*_encode(encode, pickle.load(requests), dtype), notes)
+            pickle.dump(answer, results, pickle.HIGHEST_PROTOCOL)
             results.flush()
+            notes.clear()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the parent has gone; there is nobody to write to
 

@@ -163,7 +163,9 @@ class TrainingArguments:
     )
 
     # ---- optimizer
-    optimizer_type: str = HfArg(default="adamw", help="adamw, adam, sgd, or module:Class of any torch optimizer.")
+    optimizer_type: str = HfArg(
+        default="adamw", help="adamw, muon, adam, sgd, or any torch optimizer as module:Class."
+    )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
     )

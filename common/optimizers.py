@@ -9,11 +9,13 @@ import sys
 import torch
 
 from common.errors import UserError
+from common.optim.muon import Muon
 
 OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (params, lr, ...)
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
+    "muon": Muon,  # for the matrices of the layers, AdamW for the rest
 }
 # Constructor arguments that have a flag of their own and therefore are not for --optimizer_args.
 FLAGS = {
@@ -51,9 +53,10 @@ def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
     arguments = {name: value for name, value in settings.items() if name in accepted}
     if args.optimizer_type in OPTIMIZERS and "fused" in accepted and _can_be_fused(model):
         arguments["fused"] = True
+    matrices_apart = getattr(optimizer_class, "matrices_apart", False)
     arguments |= parse_optimizer_args(args.optimizer_args, accepted, optimizer_class.__name__)
     try:
-        return optimizer_class(parameter_groups(model, args.weight_decay), **arguments)
+        return optimizer_class(parameter_groups(model, args.weight_decay, matrices_apart), **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise UserError(
@@ -62,7 +65,7 @@ def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
         ) from error
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float, matrices_apart: bool = False) -> list[dict]:
     """Split the trained parameters into those with weight decay and those without: biases, and all that norms hold.
 
     A norm is known by its class name and a bias by its own, not by having one dimension, because a parameter that is
@@ -71,10 +74,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     Args:
         model: any module.
         weight_decay: for the first group; the second gets 0.
+        matrices_apart: take the hidden matrices out of the first group into a third, with decay and `matrices` True.
     Returns:
-        groups as torch.optim takes them, at most two, none of them empty.
+        groups as torch.optim takes them, at most two or three, none of them empty.
     """
     decayed, others, seen = [], [], set()
+    hidden = hidden_matrices(model) if matrices_apart else set()
     for module in model.modules():
         is_norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
@@ -82,8 +87,19 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
                 continue
             seen.add(parameter)
             (others if is_norm or name.endswith("bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in decayed if p not in hidden], "weight_decay": weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}]
+    groups += [{"params": [p for p in decayed if p in hidden], "weight_decay": weight_decay, "matrices": True}]
     return [group for group in groups if group["params"]]
+
+
+def hidden_matrices(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """The weights of linear layers between the embedding and the output, neither of which they share."""
+    outside = {p for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outside |= set(output.parameters()) if output is not None else set()
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return {layer.weight for layer in linear if layer.weight not in outside}
 
 
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:

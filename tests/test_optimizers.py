@@ -9,7 +9,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
 
 from common.errors import UserError
-from common.optimizers import build_optimizer, parameter_groups
+from common.optim.muon import COEFFICIENTS, orthogonalize
+from common.optimizers import build_optimizer, hidden_matrices, parameter_groups
 
 SIZES = {
     "vocab_size": 64,
@@ -85,6 +86,114 @@ def test_adamw_equals_plain_torch_over_five_steps():
     for before, left, right in zip(small_model().parameters(), actual, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(before, left, atol=1e-3)  # it has moved at all
+
+
+@pytest.mark.parametrize("model_class, config_class", MODELS)
+def test_hidden_matrices_are_the_layers_and_the_heads_transform(model_class, config_class):
+    model = model_class(config_class(**SIZES))
+    hidden = hidden_matrices(model)
+    names = {name for name, parameter in model.named_parameters() if parameter in hidden}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    assert matrices - names == {name for name in matrices if "embeddings" in name}
+    assert len(names) == 2 * 6 + 1 and "cls.predictions.transform.dense.weight" in names
+    untied = model_class(config_class(**SIZES, tie_word_embeddings=False))
+    assert untied.get_output_embeddings().weight not in hidden_matrices(untied)
+    decayed, others, apart = parameter_groups(model, 0.1, matrices_apart=True)
+    assert set(apart["params"]) == hidden and apart["matrices"]
+    assert [group["weight_decay"] for group in (decayed, others, apart)] == [0.1, 0.0, 0.1]
+    grouped = [p for group in (decayed, others, apart) for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+
+
+def layered_model():
+    """Matrices of the same and of other shapes, tall, square and wide, between an embedding and an output."""
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(**SIZES)).eval()  # without dropout
+
+
+def train_layered(model, optimizer, steps=4):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        ids = torch.randint(0, SIZES["vocab_size"], (4, 16), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def written_out(model, lr, decay, momentum=0.95):
+    """Muon's rule for the hidden matrices, one at a time, and torch's AdamW for the rest: an optimizer."""
+    hidden = hidden_matrices(model)
+    groups = parameter_groups(model, decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in hidden]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    mean = {p: torch.zeros_like(p) for p in hidden}
+    a, b, c = COEFFICIENTS
+
+    @torch.no_grad()
+    def step():
+        adamw.step()
+        for p in hidden:
+            mean[p] = momentum * mean[p] + (1 - momentum) * p.grad
+            x = momentum * mean[p] + (1 - momentum) * p.grad
+            x = x / x.norm()
+            for _ in range(5):
+                x = a * x + (b * (x @ x.T) + c * (x @ x.T) @ (x @ x.T)) @ x
+            p.copy_(p * (1 - lr * decay) - lr * 0.2 * max(p.shape) ** 0.5 * x)
+
+    return SimpleNamespace(step=step, zero_grad=model.zero_grad)
+
+
+def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest():
+    model, reference = layered_model().double(), layered_model().double()  # it enlarges what is rounded off
+    actual = train_layered(model, build_optimizer(model, arguments(optimizer_type="muon")))
+    expected = train_layered(reference, written_out(reference, lr=1e-2, decay=0.1))
+    start = dict(layered_model().double().named_parameters())
+    for name in start:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-7, atol=1e-9)
+        if start[name].ndim == 2:  # the bias of a key has no gradient
+            assert not torch.allclose(start[name], actual[name], atol=1e-3)
+
+
+def test_muon_leaves_to_adamw_what_is_no_hidden_matrix():
+    """With the hidden matrices frozen nothing is left for Muon, and the two agree bit for bit."""
+    models = [layered_model(), layered_model()]
+    for model in models:
+        for parameter in hidden_matrices(model):
+            parameter.requires_grad_(False)
+    left = train_layered(models[0], build_optimizer(models[0], arguments(optimizer_type="muon")))
+    right = train_layered(models[1], build_optimizer(models[1], arguments(optimizer_type="adamw")))
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (24, 32)])
+def test_orthogonalize_equals_torchs_muon(shape):
+    """One step of torch.optim.Muon, which works in bf16, from the same gradient."""
+    torch.manual_seed(0)
+    gradients = torch.randn(3, *shape)
+    ours = orthogonalize(gradients)
+    for gradient, mine in zip(gradients, ours, strict=True):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        parameter.grad = gradient
+        optimizer.step()
+        theirs = -parameter.detach() / (0.2 * max(shape) ** 0.5)
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
+        values = torch.linalg.svdvals(mine)
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_state_survives_a_round_trip():
+    model = layered_model()
+    optimizer = build_optimizer(model, arguments(optimizer_type="muon"))
+    train_layered(model, optimizer, steps=3)
+    other = layered_model()
+    other.load_state_dict(model.state_dict())
+    resumed = build_optimizer(other, arguments(optimizer_type="muon"))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    left, right = train_layered(model, optimizer), train_layered(other, resumed)
+    assert all(left[name].equal(right[name]) for name in left)
 
 
 @pytest.mark.parametrize("name, reference", [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
@@ -208,7 +317,7 @@ def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer_type": "adamz"}, "adamz: no such optimizer; choose adamw, adam, sgd, or .*module:Class"),
+        ({"optimizer_type": "adamz"}, "adamz: no such optimizer; choose adamw, adam, sgd, muon, or .*module:Class"),
         ({"optimizer_type": ":Class"}, "no such optimizer"),
         ({"optimizer_type": "no_such_module:Class"}, "importing no_such_module .* failed: ModuleNotFoundError"),
         ({"optimizer_type": "torch.optim:AdamZ"}, "torch.optim has no class AdamZ"),
@@ -218,6 +327,11 @@ def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
         ({"optimizer_args": ["lr=1"]}, "optimizer_args lr=1: use --learning_rate instead"),
         ({"optimizer_args": ["betas=(0.9, 0.9)"]}, "use --adam_beta1 and --adam_beta2 instead"),
         ({"adam_beta1": 1.5}, r"AdamW does not take these arguments \(lr=0.01, .*betas=\(1.5, 0.98\)"),
+        ({"optimizer_type": "muon", "optimizer_args": ["momentum=1"]}, r"momentum must lie in \[0, 1\), but is 1"),
+        (
+            {"optimizer_type": "muon", "optimizer_args": ["ns_step=3"]},
+            "no argument ns_step; it takes .*ns_steps",
+        ),
         ({"optimizer_type": "sgd", "optimizer_args": ["nesterov=True"]}, "nesterov=True.*requires a momentum"),
     ],
 )

@@ -106,6 +106,19 @@ def test_a_second_signal_exits_at_once(harness, tiny_corpus, cache, out):
     assert latest_checkpoint(out) is None
 
 
+def test_muon_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    muon = ["--optimizer_type", "muon"]
+    harness.run(*command(tiny_corpus, cache, whole, *muon, steps=60)).check()
+    process = harness.start(*command(tiny_corpus, cache, killed, *muon, steps=60))
+    wait_for_step(process, killed, 20)
+    process.kill_group()
+    process.wait()
+    words = command(tiny_corpus, cache, killed, *muon, "--resume_from_checkpoint", "latest", steps=60)
+    assert "continuing from" in harness.run(*words).check().stdout
+    assert_same_run(whole, killed)
+
+
 def test_latest_without_a_checkpoint_starts_from_the_beginning(harness, tiny_corpus, cache, out):
     words = small_run(tiny_corpus, cache, out, "--resume_from_checkpoint", "latest", steps=3)
     assert "starting from the beginning" in harness.run(*words).check().stdout

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
 from common.errors import UserError, limit_reached
+from common.hardware import has_bf16
 
 # What the first word of a YAML's `role` may be; accelerate's own strategies leave torchrun's "default".
 ROLES = ("default", "cpu")
@@ -104,7 +105,7 @@ def describe(accelerator):
     strategy = "single process" if accelerator.num_processes == 1 else "data parallel (DDP)"
     threads = f" ({torch.get_num_threads()} threads)" if accelerator.device.type == "cpu" else ""
     name = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
-    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not _has_bf16(cpu=True)
+    slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16("cpu")
     if slow:
         threads += "; it has no bf16 and emulates it, tens of times slower: give --mixed_precision no, or --fp32"
     return {
@@ -233,13 +234,7 @@ def _resolve_precision(asked, cpu):
             f"{flag} contradicts the launcher's mixed_precision '{launched}': drop the flag, or give "
             f"accelerate launch --mixed_precision {asked}"
         )
-    precision = asked or launched or ("bf16" if _has_bf16(cpu) else "no")
+    precision = asked or launched or ("bf16" if has_bf16("cpu" if cpu else "cuda") else "no")
     if precision == "fp16" and cpu:
         raise UserError("fp16 needs a GPU: use --bf16 or --fp32 (or mixed_precision: bf16 in the YAML) on a CPU")
     return precision
-
-
-def _has_bf16(cpu):
-    if not cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -16,6 +17,32 @@ from common.models.presets import MODEL_SIZES, model_shape
 from common.schedulers import CURVE_NAMES, check_curve
 
 DEFAULT_HOURS = 5 / 60  # a first run without any limit: long enough to learn something, short enough to watch
+
+# What --parity takes as defaults instead of ours; flags that are given win over it.
+PARITY = {
+    # examples/pytorch/language-modeling/run_mlm_no_trainer.py of transformers, and BertConfig's own values
+    "hf": {
+        "optimizer_type": "adamw",
+        "learning_rate": 5e-5,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "linear",
+        "warmup_proportion": 0.0,
+        "min_lr_ratio": 0.0,
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "init_output_bias": "zeros",
+        "mlm_probability": 0.15,
+        "packing": "concat",
+    }
+}
+PARITY_EPOCHS = 3.0  # that example's, where no limit is given
 
 # ExtremeBERT's launcher and loader owned these; each is answered with the YAML that does the job here.
 REPLACED_FLAGS = {
@@ -128,6 +155,11 @@ class TrainingArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
     check_arguments: bool = HfArg(default=False, help="Check the arguments, prepare the data, train nothing.")
     seed: int = HfArg(default=42, help="Weights, order, masks and dropout all follow from it.")
+    parity: str | None = HfArg(
+        default=None,
+        help="hf: the defaults of what is learned are those of the Hugging Face example run_mlm_no_trainer.py: batch, "
+        "optimizer, schedule, dropout, masking, concatenated rows; 3 epochs if no limit is set.",
+    )
 
     # ---- budget: whichever limit is reached first ends the run
     total_training_time: float | None = HfArg(
@@ -271,13 +303,20 @@ def parse_pretraining_arguments(argv=None):
     """
     argv, notes = _drop_replaced_flags(list(sys.argv[1:] if argv is None else argv))
     parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False, formatter_class=_Help)
-    model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    parse = partial(parser.parse_args_into_dataclasses, argv, return_remaining_strings=True)
+    model, data, training, unknown = parse()
+    defaults = {}
+    if training.parity is not None:
+        _one_of("parity", training.parity, list(PARITY))
+        defaults = PARITY[training.parity]
+        parser.set_defaults(**defaults)
+        model, data, training, unknown = parse()
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
-    _check_model(model, data)
+    _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
         data.tokenizer_name = model.model_name_or_path
@@ -307,7 +346,7 @@ def _drop_replaced_flags(argv):
     return kept, notes
 
 
-def _check_model(model, data):
+def _check_model(model, data, defaults):
     if model.model_type == "bert-mlm":
         model.model_type = "bert"
     _one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
@@ -323,7 +362,7 @@ def _check_model(model, data):
         _at_least(model, name, 1)
     if model.model_name_or_path:
         for field_ in fields(model):
-            changed = getattr(model, field_.name) != field_.default
+            changed = getattr(model, field_.name) != defaults.get(field_.name, field_.default)
             if changed and field_.name not in FREE_WITH_WEIGHTS:
                 raise UserError(f"--{field_.name} contradicts --model_name_or_path: the weights fix it; drop one")
     _positive(model, "initializer_range")
@@ -414,7 +453,10 @@ def _check_limits(args):
     """Settle what ends the run and what the learning rate follows."""
     steps_limited = args.max_train_steps is not None or args.num_train_epochs is not None
     if args.total_training_time is None and args.early_exit_time_marker is None and not steps_limited:
-        args.total_training_time = DEFAULT_HOURS
+        if args.parity:
+            args.num_train_epochs, steps_limited = PARITY_EPOCHS, True
+        else:
+            args.total_training_time = DEFAULT_HOURS
     if args.total_training_time is None and not steps_limited:
         args.total_training_time = args.early_exit_time_marker
     if args.lr_schedule is None:
@@ -445,7 +487,7 @@ FREE_ON_RESUME = """
     use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps
     checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to
     project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples
-    max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
+    parity max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
 """.split()
 # ... or because the fingerprint of the prepared text and tokenizer speaks for it.
 IN_THE_FINGERPRINT = """

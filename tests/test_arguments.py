@@ -63,6 +63,30 @@ def test_a_launchers_flags_are_noted_and_dropped(words):
     assert training.max_train_steps == 7 and len(notes) == len([w for w in words.split() if w.startswith("--")])
 
 
+def test_parity_restores_the_examples_defaults_and_explicit_flags_win():
+    model, data, training, _ = parse("--parity hf --adam_beta2 0.95 --hidden_dropout_prob 0")
+    assert (model.hidden_dropout_prob, model.attention_probs_dropout_prob) == (0.0, 0.1)
+    assert (model.init_output_bias, data.packing, data.mlm_probability) == ("zeros", "concat", 0.15)
+    expected = {
+        "optimizer_type": "adamw",
+        "learning_rate": 5e-5,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 0.0,
+        "lr_schedule": "step",
+        "lr_scheduler_type": "linear",
+        "warmup_proportion": 0.0,
+        "train_batch_size": 8,
+        "num_train_epochs": 3.0,
+        "total_training_time": None,
+    }
+    assert {name: getattr(training, name) for name in expected} == expected
+    assert parse("--max_steps 7 --parity=hf")[2].num_train_epochs is None
+    assert parse("--parity hf --model_name_or_path x")[0].init_output_bias == "zeros"
+
+
 def test_the_budget_settles_the_schedule():
     assert parse("")[2].total_training_time == pytest.approx(5 / 60)
     assert parse("")[2].lr_schedule == "time"
@@ -86,6 +110,8 @@ def test_model_type_and_layer_norm_mode_agree():
         ("--hiden_size 100", ["--hiden_size", "--hidden_size"]),
         ("--max_seq_length 600 --max_position_embeddings 512", ["--max_seq_length 600", "--max_position_embeddings"]),
         ("--model_size giant", ["--model_size giant", "mini"]),
+        ("--parity keras", ["--parity keras", "hf"]),
+        ("--parity", ["--parity"]),
         ("--model_type gpt", ["--model_type gpt", "bert"]),
         ("--model_type megatron-bert --encoder_ln_mode post-ln", ["megatron-bert", "--encoder_ln_mode"]),
         ("--model_name_or_path x --hidden_size 64", ["--hidden_size", "--model_name_or_path"]),

@@ -12,8 +12,12 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    get_scheduler,
+    set_seed,
 )
 
+from common.data.batches import Masking, TrainBatches
+from common.data.packing import build_rows
 from common.data.token_files import TokenFile
 from pretraining import MODEL, SCRIPT, training_rows
 
@@ -98,3 +102,42 @@ def test_as_the_plain_recipe_on_wikitext(harness, data_folder, tmp_path, out):
     data = ["--train_file", data_folder / "wikitext-2/train.txt", "--tokenizer_name", vocabulary]
     data += ["--validation_file", data_folder / "wikitext-2/valid.txt", "--max_train_documents", 6000]
     compare(harness, tmp_path / "cache", out, 200, *data)
+
+
+def examples_losses(batches, vocab_size, steps, **settings):
+    """The example's own calls: stock model, labels of -100, AdamW, transformers' linear schedule."""
+    set_seed(42)
+    shape = dict(zip([str(word)[2:] for word in MODEL[::2]], MODEL[1::2], strict=True))
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForMaskedLM(BertConfig(vocab_size=vocab_size, **shape, **dropout)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+    losses = []
+    for (batch, _, _), _ in zip(batches, range(steps), strict=False):
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels.scatter_(1, batch["masked_positions"], batch["masked_labels"])
+        loss = model(input_ids=batch["input_ids"], labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("flags", "settings"), [([], {"lr": 5e-5}), (["--learning_rate", RATE], {"lr": RATE})])
+def test_parity_hf_is_the_examples_recipe(harness, tiny_corpus, cache, out, flags, settings):
+    """Fed the same masked rows and without dropout, it takes the same steps."""
+    steps, dropout = 40, ["--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0]
+    words = [*MODEL, "--train_file", tiny_corpus, "--tokenizer_train_vocab_size", 600, "--cache_dir", cache, "--fp32"]
+    words += ["--max_seq_length", S, "--max_train_steps", steps, "--output_dir", out, "--logging_steps", 1]
+    harness.run(SCRIPT, "--parity", "hf", *words, *dropout, *flags).check()
+    ours, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    prepared = next(path.parent for path in cache.glob("*/train.bin"))
+    rows = build_rows(TokenFile(prepared / "train"), tokenizer, S, "concat", out / "rows")
+    masking = Masking.for_tokenizer(tokenizer, 0.15)
+    batches = TrainBatches(rows, masking, 42, 8, 1, rank=0, ranks=1, device=torch.device("cpu"))
+    defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    theirs = examples_losses(batches, ours.config.vocab_size, steps, **defaults, **settings)
+    mine = [row["loss"] for row in training_rows(out)]
+    assert mine == pytest.approx(theirs, abs=1e-5) and mine[-1] < mine[0] - 0.03

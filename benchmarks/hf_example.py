@@ -1,6 +1,6 @@
 """The Hugging Face masked-language-model example's recipe, as the baseline of benchmarks; in pieces, if wanted.
 
-    python benchmarks/hf_example.py --data ../shared/data --work DIR --learning_rate 5e-5 --seconds 200
+    python -m benchmarks.hf_example --data ../shared/data --work DIR --learning_rate 5e-5 --seconds 200
 
 trains bert-mini for one epoch of WikiText-2 and prints one JSON object. With --seconds it stops then, its state is in
 --work, and the same command goes on. A step is computed as the example does it (--in_full), or by the same arithmetic
@@ -12,6 +12,7 @@ Source of the recipe: examples/pytorch/language-modeling/run_mlm_no_trainer.py o
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -146,6 +147,16 @@ def check(rows, tokenizer, learning_rate, steps):
     return {"losses": losses, "largest_difference": max(abs(a - b) for a, b in losses)}
 
 
+def true_step_time(rows, tokenizer, steps, untimed=2):
+    """Seconds of a step computed in full, the median."""
+    run, times = Example(rows, tokenizer, 5e-5, in_full=True), []
+    for _ in range(untimed + steps):
+        began = time.perf_counter()
+        run.step()
+        times.append(time.perf_counter() - began)
+    return {"seconds_per_step": statistics.median(times[untimed:])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2 and vocab")
@@ -155,11 +166,15 @@ def main():
     parser.add_argument("--steps", type=int, help="stop at this step")
     parser.add_argument("--in_full", action="store_true", help="full logits and AdamW in a loop, as the example")
     parser.add_argument("--check", type=int, metavar="N", help="compare both ways over N steps without dropout")
+    parser.add_argument("--time_steps", type=int, metavar="N", help="print the time of a step in full, over N steps")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.data)
     rows = load_rows(args.data, "train", tokenizer)
     if args.check:
         print(json.dumps(check(rows, tokenizer, args.learning_rate, args.check)))
+        return
+    if args.time_steps:
+        print(json.dumps(true_step_time(rows, tokenizer, args.time_steps)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / f"example-lr{args.learning_rate:g}.pt"
@@ -173,7 +188,7 @@ def main():
     spent = time.perf_counter() - began
     run.save(path)
     result = {"learning_rate": args.learning_rate, "step": run.completed, "of": run.total_steps}
-    result |= {"seconds_per_step": spent / max(1, run.completed - first), "in_full": args.in_full}
+    result |= {"tokens": rows.size, "seconds_per_step": spent / max(1, run.completed - first), "in_full": args.in_full}
     result["recent_train_loss"] = float(np.mean(losses[-100:])) if losses else None
     if run.completed >= last:
         result["eval_loss"] = Evaluation(args.data, tokenizer)(run.model)

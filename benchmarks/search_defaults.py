@@ -1,6 +1,6 @@
 """Search for defaults of run_pretraining.py: held-out loss of bert-mini on WikiText-2 after a budget of tokens.
 
-    python benchmarks/search_defaults.py --data ../shared/data --work DIR \\
+    python -m benchmarks.search_defaults --data ../shared/data --work DIR \\
         --tokens 100000 --trial "--optimizer_type muon --learning_rate 3e-3" --trial "--learning_rate 1e-3"
 
 Each trial is what run_pretraining.py does with these flags, in this process: its schedule ends with the budget. The
@@ -16,10 +16,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-import hf_example
 import torch
 from accelerate.utils import set_seed
 
+from benchmarks import hf_example
 from common import parallel
 from common.arguments import parse_pretraining_arguments
 from common.data.batches import Masking, TrainBatches

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from transformers import BertForMaskedLM
 
 from benchmarks import hf_example
 from common import parallel
@@ -57,7 +58,7 @@ def train(flags, tokens):
     rows = build_rows(corpus.train, corpus.tokenizer, data_args.max_seq_length, data_args.packing, folder)
     masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
     set_seed(args.seed)
-    model = build_mlm_model(model_args, data_args, corpus.tokenizer, "sdpa").train()
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer).train()
     if model_args.init_output_bias == "unigram":
         start_from_frequencies(model, corpus.train)
     optimizer = build_optimizer(model, args)
@@ -96,7 +97,9 @@ def main():
             continue
         flags = [*wikitext_flags(args.data, args.work), *shlex.split(trial)]
         model, steps, seconds = train(flags, args.tokens)
-        loss = evaluation(model, masked_only=True)
+        stock = BertForMaskedLM(model.config)
+        stock.load_state_dict(model.state_dict())
+        loss = evaluation(stock, masked_only=True)
         line = key | {"steps": steps, "eval_loss": round(loss, 4), "seconds_per_step": round(seconds / steps, 4)}
         line["threads"] = torch.get_num_threads()
         with open(args.results, "a", encoding="utf-8") as out:

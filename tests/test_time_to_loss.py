@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import BertForMaskedLM
 
 from benchmarks import hf_example, search_defaults
 
@@ -48,8 +49,10 @@ def test_a_trial_does_what_the_script_does(harness, data_folder, tmp_path, out):
     flags += " --fp32 --max_eval_samples 8 --learning_rate 1e-2"
     words = [*search_defaults.wikitext_flags(data_folder, tmp_path / "cache"), *flags.split()]
     harness.run("run_pretraining.py", *words, "--max_train_steps", 20, "--output_dir", out).check()
-    theirs = hf_example.BertForMaskedLM.from_pretrained(out)
-    mine, steps, _ = search_defaults.train(words, tokens=20 * 4 * 64)
+    theirs = BertForMaskedLM.from_pretrained(out)
+    trained, steps, _ = search_defaults.train(words, tokens=20 * 4 * 64)
+    mine = BertForMaskedLM(trained.config)
+    mine.load_state_dict(trained.state_dict())
     evaluation = hf_example.Evaluation(data_folder, hf_example.load_tokenizer(data_folder))
     evaluation.batches = evaluation.batches[:4]
     assert steps == 20 and evaluation(mine, masked_only=True) == pytest.approx(evaluation(theirs), abs=1e-5)

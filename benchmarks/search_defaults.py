@@ -12,6 +12,7 @@ on when its command is repeated.
 import argparse
 import json
 import shlex
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def train(flags, tokens):
     Args:
         flags: list of words for run_pretraining.py; tokens: budget, padding counted, rounded up to whole steps.
     Returns:
-        (model, steps, seconds): the seconds are those of training.
+        (model, steps, seconds_per_step): the seconds are the median over the steps.
     """
     parse = lambda *limit: parse_pretraining_arguments([*flags, *limit])  # noqa: E731
     _, data_args, args, _ = parse("--max_train_steps", "1")
@@ -67,8 +68,9 @@ def train(flags, tokens):
     scheduler = LRScheduler(optimizer, factor)
     place = {"rank": 0, "ranks": 1, "device": torch.device("cpu")}
     batches = iter(TrainBatches(rows, masking, args.seed, args.train_batch_size, 1, **place))
-    began = time.perf_counter()
+    times = []
     for step in range(steps):
+        began = time.perf_counter()
         batch, number, _ = next(batches)
         scheduler.step(step / steps)
         parallel.seed_dropout(args.seed, step, number)
@@ -77,7 +79,8 @@ def train(flags, tokens):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return model, steps, time.perf_counter() - began
+        times.append(time.perf_counter() - began)
+    return model, steps, statistics.median(times)
 
 
 def main():
@@ -96,11 +99,11 @@ def main():
         if any(key.items() <= line.items() for line in done):
             continue
         flags = [*wikitext_flags(args.data, args.work), *shlex.split(trial)]
-        model, steps, seconds = train(flags, args.tokens)
+        model, steps, seconds_per_step = train(flags, args.tokens)
         stock = BertForMaskedLM(model.config)
         stock.load_state_dict(model.state_dict())
         loss = evaluation(stock, masked_only=True)
-        line = key | {"steps": steps, "eval_loss": round(loss, 4), "seconds_per_step": round(seconds / steps, 4)}
+        line = key | {"steps": steps, "eval_loss": round(loss, 4), "seconds_per_step": round(seconds_per_step, 4)}
         line["threads"] = torch.get_num_threads()
         with open(args.results, "a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")

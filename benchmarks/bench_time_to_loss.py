@@ -1,6 +1,6 @@
 """Wall time to the loss that Hugging Face's masked-LM example has after an epoch of WikiText-2, bert-mini.
 
-    python -m benchmarks.bench_time_to_loss --data ../shared/data --work DIR
+    python -m benchmarks.bench_time_to_loss
 
 The loss to reach is the example's after one epoch, with its default learning rate and with the best of five. Ours is
 run_pretraining.py with its own defaults, for a budget of tokens chosen beforehand, at whose end its schedule ends; a
@@ -77,8 +77,8 @@ def example_losses(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2 and vocab")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is prepared and run")
+    parser.add_argument("--data", default=hf_example.DATA, help="folder that holds wikitext-2 and vocab")
+    parser.add_argument("--work", type=Path, default=hf_example.WORK, help="folder for what is prepared and run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the example")
     parser.add_argument("--baseline_in_full", action="store_true", help="run the example's epochs as they are")

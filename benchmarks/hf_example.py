@@ -1,6 +1,6 @@
 """The Hugging Face masked-language-model example's recipe, as the baseline of benchmarks; in pieces, if wanted.
 
-    python -m benchmarks.hf_example --data ../shared/data --work DIR --learning_rate 5e-5 --seconds 200
+    python -m benchmarks.hf_example --learning_rate 5e-5 --seconds 200
 
 trains bert-mini for one epoch of WikiText-2 and prints one JSON object. With --seconds it stops then, its state is in
 --work, and the same command goes on. A step is computed as the example does it (--in_full), or by the same arithmetic
@@ -12,6 +12,7 @@ Source of the recipe: examples/pytorch/language-modeling/run_mlm_no_trainer.py o
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +22,10 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling
 
+from benchmarks.interleaved import REPOSITORY
+
+DATA = os.environ.get("FRUGAL_TEST_DATA", REPOSITORY.parent / "shared" / "data")
+WORK = REPOSITORY / "runs" / "cache" / "benchmarks"
 SEQUENCE, BATCH, PROBABILITY, DROPOUT = 128, 8, 0.15, 0.1
 MINI = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 EVAL_ROWS, EVAL_SEED = 512, 1234
@@ -159,8 +164,8 @@ def true_step_time(rows, tokenizer, steps, untimed=2):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2 and vocab")
-    parser.add_argument("--work", type=Path, required=True, help="folder for saved states")
+    parser.add_argument("--data", default=DATA, help="folder that holds wikitext-2 and vocab")
+    parser.add_argument("--work", type=Path, default=WORK / "example", help="folder for saved states")
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long, to be continued")
     parser.add_argument("--steps", type=int, help="stop at this step")

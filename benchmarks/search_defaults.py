@@ -1,6 +1,6 @@
 """Search for defaults of run_pretraining.py: held-out loss of bert-mini on WikiText-2 after a budget of tokens.
 
-    python -m benchmarks.search_defaults --data ../shared/data --work DIR \\
+    python -m benchmarks.search_defaults \\
         --tokens 100000 --trial "--optimizer_type muon --learning_rate 3e-3" --trial "--learning_rate 1e-3"
 
 Each trial is what run_pretraining.py does with these flags, in this process: its schedule ends with the budget. The
@@ -85,8 +85,8 @@ def train(flags, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder that holds wikitext-2 and vocab")
-    parser.add_argument("--work", required=True, help="folder for prepared data")
+    parser.add_argument("--data", default=hf_example.DATA, help="folder that holds wikitext-2 and vocab")
+    parser.add_argument("--work", type=Path, default=hf_example.WORK, help="folder for prepared data")
     parser.add_argument("--tokens", type=int, default=100_000, help="budget of each trial")
     parser.add_argument("--trial", action="append", required=True, help="flags of run_pretraining.py, as one word")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -4,15 +4,13 @@ Everything that can be judged from the flags alone is judged here, so that a bad
 anything is loaded. The dataclasses are read-only after parsing.
 """
 
-import argparse
-import difflib
 import sys
 from dataclasses import dataclass, field, fields
-from functools import partial
 
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
+from common.flags import at_least, between, flag_names, one_of, parse, positive
 from common.models.presets import MODEL_SIZES, model_shape
 from common.schedulers import CURVE_NAMES, check_curve
 
@@ -280,14 +278,7 @@ class TrainingArguments:
         return [float(part) for part in (self.finetune_time_markers or "").split(",") if part]
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # where the default is None, the sentence says what happens
-        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
+GROUPS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse_pretraining_arguments(argv=None):
@@ -302,20 +293,12 @@ def parse_pretraining_arguments(argv=None):
         UserError: unknown flags, values out of range, contradictions; the message names the flags.
     """
     argv, notes = _drop_replaced_flags(list(sys.argv[1:] if argv is None else argv))
-    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False, formatter_class=_Help)
-    parse = partial(parser.parse_args_into_dataclasses, argv, return_remaining_strings=True)
-    model, data, training, unknown = parse()
+    model, data, training = parse(GROUPS, argv)
     defaults = {}
     if training.parity is not None:
-        _one_of("parity", training.parity, list(PARITY))
+        one_of("parity", training.parity, list(PARITY))
         defaults = PARITY[training.parity]
-        parser.set_defaults(**defaults)
-        model, data, training, unknown = parse()
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+        model, data, training = parse(GROUPS, argv, **defaults)
     _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
@@ -326,8 +309,7 @@ def parse_pretraining_arguments(argv=None):
 
 def frozen_flags():
     """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
-    parser = _Parser([ModelArguments, DataArguments, TrainingArguments], allow_abbrev=False, formatter_class=_Help)
-    return sorted(option for action in parser._actions for option in action.option_strings)
+    return flag_names(GROUPS)
 
 
 def _drop_replaced_flags(argv):
@@ -349,27 +331,27 @@ def _drop_replaced_flags(argv):
 def _check_model(model, data, defaults):
     if model.model_type == "bert-mlm":
         model.model_type = "bert"
-    _one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
+    one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
     if model.encoder_ln_mode is not None:
-        _one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
+        one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
     if model.model_type == "megatron-bert" and model.encoder_ln_mode == "post-ln":
         raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
-    _one_of("model_size", model.model_size, list(MODEL_SIZES))
-    _one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
-    _one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
+    one_of("model_size", model.model_size, list(MODEL_SIZES))
+    one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
+    one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for name in (*shape, "max_position_embeddings"):
-        _at_least(model, name, 1)
+        at_least(model, name, 1)
     if model.model_name_or_path:
         for field_ in fields(model):
             changed = getattr(model, field_.name) != defaults.get(field_.name, field_.default)
             if changed and field_.name not in FREE_WITH_WEIGHTS:
                 raise UserError(f"--{field_.name} contradicts --model_name_or_path: the weights fix it; drop one")
-    _positive(model, "initializer_range")
+    positive(model, "initializer_range")
     if model.encoder_ln_mode is None:
         model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        _between(model, name, 0, 1, upper_open=True)
+        between(model, name, 0, 1, upper_open=True)
     width, heads = (model.shape[name] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:
         given = f"--num_attention_heads {heads}" if model.num_attention_heads else f"its {heads} heads of 64"
@@ -394,42 +376,42 @@ def _check_data(data):
         raise UserError("--streaming needs --dataset_name: local files are always read as a stream")
     if data.dataset_config_name and not data.dataset_name:
         raise UserError("--dataset_config_name needs --dataset_name: name the dataset too")
-    _one_of("packing", data.packing, ["documents", "concat"])
-    _between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
-    _between(data, "validation_split_percentage", 0, 100, lower_open=True, upper_open=True)
-    _at_least(data, "max_seq_length", 8)
+    one_of("packing", data.packing, ["documents", "concat"])
+    between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    between(data, "validation_split_percentage", 0, 100, lower_open=True, upper_open=True)
+    at_least(data, "max_seq_length", 8)
     for name in ("max_eval_samples", "max_train_documents", "preprocessing_num_workers"):
-        _at_least(data, name, 1)
-    _at_least(data, "max_bad_records", 0)
-    _at_least(data, "tokenizer_train_vocab_size", 128)
+        at_least(data, name, 1)
+    at_least(data, "max_bad_records", 0)
+    at_least(data, "tokenizer_train_vocab_size", 128)
 
 
 def _check_training(args):
     for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs"):
-        _positive(args, name)
-    _between(args, "seed", 0, 2**32 - 1)
-    _at_least(args, "checkpointing_minutes", 0)
+        positive(args, name)
+    between(args, "seed", 0, 2**32 - 1)
+    at_least(args, "checkpointing_minutes", 0)
     for name in ("max_train_steps", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        _at_least(args, name, 1)
+        at_least(args, name, 1)
     for name in ("eval_steps", "checkpointing_steps", "save_total_limit", "logging_steps", "shards_per_epoch"):
-        _at_least(args, name, 1)
+        at_least(args, name, 1)
     for name in ("validation_epochs", "validation_epochs_begin", "validation_epochs_end"):
-        _at_least(args, name, 1)
+        at_least(args, name, 1)
     for name in ("warmup_proportion", "min_lr_ratio", "validation_begin_proportion", "validation_end_proportion"):
-        _between(args, name, 0, 1)
+        between(args, name, 0, 1)
     for name in ("max_grad_norm", "weight_decay"):
-        _at_least(args, name, 0)
+        at_least(args, name, 0)
     for name in ("adam_beta1", "adam_beta2"):
-        _between(args, name, 0, 1, upper_open=True)
+        between(args, name, 0, 1, upper_open=True)
     for name in ("learning_rate", "adam_epsilon"):
-        _positive(args, name)
-    _one_of("report_to", args.report_to, ["none", "tensorboard", "wandb"])
+        positive(args, name)
+    one_of("report_to", args.report_to, ["none", "tensorboard", "wandb"])
     check_curve(args.lr_scheduler_type, args.curve_options)
     for name in ("lr_power", "esd_cr_k"):
-        _at_least(args, name, 0)
+        at_least(args, name, 0)
     for name in ("decay_proportion", "exponential_end_ratio"):
         if getattr(args, name) is not None:
-            _between(args, name, 0, 1, lower_open=True)
+            between(args, name, 0, 1, lower_open=True)
     if args.esd_shrink is not None and not 1 < args.esd_shrink < float("inf"):
         raise UserError(f"--esd_shrink {args.esd_shrink} must be above 1")
     if args.use_early_stopping and not (args.eval_steps or args.do_validation):
@@ -461,7 +443,7 @@ def _check_limits(args):
         args.total_training_time = args.early_exit_time_marker
     if args.lr_schedule is None:
         args.lr_schedule = "time" if args.total_training_time is not None else "step"
-    _one_of("lr_schedule", args.lr_schedule, ["time", "step", "constant_step"])
+    one_of("lr_schedule", args.lr_schedule, ["time", "step", "constant_step"])
     if args.lr_schedule == "constant_step":
         if args.num_warmup_steps is None:
             raise UserError("--lr_schedule constant_step needs --num_warmup_steps")
@@ -471,7 +453,7 @@ def _check_limits(args):
     if args.lr_schedule == "step" and not steps_limited:
         raise UserError("--lr_schedule step needs --max_train_steps or --num_train_epochs: where does it end?")
     if args.num_warmup_steps is not None:
-        _at_least(args, "num_warmup_steps", 0)
+        at_least(args, "num_warmup_steps", 0)
         if args.lr_schedule == "time":
             raise UserError("--num_warmup_steps contradicts --lr_schedule time: use --warmup_proportion")
     if args.finetune_time_markers and args.total_training_time is None:
@@ -509,27 +491,3 @@ def resume_settings(*groups):
     """
     left_out = {*FREE_ON_RESUME, *IN_THE_FINGERPRINT}
     return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in left_out}
-
-
-def _one_of(name, value, choices, note=""):
-    if value not in choices:
-        raise UserError(f"--{name} {value} is unknown: choose one of {', '.join(choices)}{note}")
-
-
-def _at_least(args, name, bound):
-    value = getattr(args, name)
-    if value is not None and not value >= bound:
-        raise UserError(f"--{name} {value} is too small: give at least {bound}")
-
-
-def _positive(args, name):
-    value = getattr(args, name)
-    if value is not None and not 0 < value < float("inf"):
-        raise UserError(f"--{name} {value} must be above 0")
-
-
-def _between(args, name, low, high, lower_open=False, upper_open=False):
-    value = getattr(args, name)
-    inside = (low < value if lower_open else low <= value) and (value < high if upper_open else value <= high)
-    if not inside:
-        raise UserError(f"--{name} {value} is out of range: it must lie between {low} and {high}")

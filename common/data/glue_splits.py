@@ -1,0 +1,82 @@
+"""Which rows a run of run_glue.py trains on, validates and predicts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.data.glue import (
+    MATCHED,
+    MICROSOFT,
+    Example,
+    find_task,
+    own_task,
+    read_table,
+    read_task_file,
+    table_examples,
+    task_folder,
+)
+from common.errors import UserError
+
+
+@dataclass
+class Splits:
+    """Examples by split; validation and test by what is put behind a metric's name."""
+
+    train: list[Example] | None = None
+    validation: dict[str, list[Example]] = field(default_factory=dict)
+    test: dict[str, list[Example]] = field(default_factory=dict)
+
+
+def read_splits(data_args, args):
+    """Read what the flags ask for.
+
+    Args:
+        data_args: GlueDataArguments; args: GlueTrainingArguments, for do_train, do_eval, do_predict, eval_strategy.
+    Returns:
+        (Task, Splits).
+    Raises:
+        UserError: a file that is missing or cannot be read.
+    """
+    if data_args.task_name:
+        task = find_task(data_args.task_name)
+        read = read_task_file
+        files = _task_files(task, data_args)
+    else:
+        path = Path(data_args.train_file)
+        task = own_task(read_table(path), path)
+        read = lambda task, path, labelled: table_examples(task, read_table(path), path, labelled)  # noqa: E731
+        files = {"train": {MATCHED: path}, "validation": {}, "test": {}}
+    for split in ("train", "validation", "test"):
+        if given := getattr(data_args, f"{split}_file"):
+            files[split] = {MATCHED: Path(given)}
+    wanted = {
+        "train": args.do_train,
+        "validation": args.do_eval or args.eval_strategy != "no",
+        "test": args.do_predict,
+    }
+    flags = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+    found = {"train": {}, "validation": {}, "test": {}}
+    for split in found:
+        if wanted[split] and not files[split]:
+            raise UserError(f"{flags[split]} has no file: give --{split}_file, or --data_dir with --task_name")
+        if wanted[split]:
+            found[split] = {suffix: read(task, path, split != "test") for suffix, path in files[split].items()}
+    limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
+    for split, limit in zip(found, limits, strict=True):
+        found[split] = {suffix: examples[:limit] for suffix, examples in found[split].items()}
+    return task, Splits(found["train"].get(MATCHED), found["validation"], found["test"])
+
+
+def _task_files(task, data_args):
+    if not data_args.data_dir:
+        return {"train": {}, "validation": {}, "test": {}}
+    folder = task_folder(task, data_args.data_dir)
+
+    def place(name):
+        plain, microsoft = folder / name, folder / MICROSOFT.get(name, name)
+        return microsoft if task.name == "mrpc" and not plain.exists() and microsoft.exists() else plain
+
+    return {
+        "train": {MATCHED: place("train.tsv")},
+        "validation": {suffix: place(name) for suffix, name in task.validation_files},
+        "test": {suffix: place(name) for suffix, name in task.test_files},
+    }

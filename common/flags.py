@@ -1,0 +1,82 @@
+"""Reading and checking of flags, for every entry script: one clear line where something is wrong."""
+
+import argparse
+import difflib
+import sys
+
+from transformers.hf_argparser import HfArgumentParser
+
+from common.errors import UserError
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # where the default is None, the sentence says what happens
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse(dataclasses, argv=None, **defaults):
+    """Read a command line into dataclasses.
+
+    Args:
+        dataclasses: types with HfArg fields; argv: list of words without the program's name, None = sys.argv[1:].
+        defaults: by field name, instead of the dataclasses' own.
+    Returns:
+        tuple with an object of each type.
+    Raises:
+        UserError: an unknown flag, a value of the wrong type.
+    """
+    parser = _parser(dataclasses)
+    parser.set_defaults(**defaults)
+    argv = sys.argv[1:] if argv is None else argv
+    *found, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _options(parser), n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    return tuple(found)
+
+
+def flag_names(dataclasses):
+    """Every spelling of every flag of these dataclasses, sorted."""
+    return sorted(_options(_parser(dataclasses)))
+
+
+def one_of(name, value, choices, note=""):
+    """Raise UserError unless the value of flag `name` is among `choices`, which the message lists."""
+    if value not in choices:
+        raise UserError(f"--{name} {value} is unknown: choose one of {', '.join(choices)}{note}")
+
+
+def at_least(args, name, bound):
+    """Raise UserError where flag `name` of the dataclass is below `bound`; None passes."""
+    value = getattr(args, name)
+    if value is not None and not value >= bound:
+        raise UserError(f"--{name} {value} is too small: give at least {bound}")
+
+
+def positive(args, name):
+    """Raise UserError where flag `name` is not above 0, or infinite; None passes."""
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+        raise UserError(f"--{name} {value} must be above 0")
+
+
+def between(args, name, low, high, lower_open=False, upper_open=False):
+    """Raise UserError where flag `name` lies outside [low, high]; an open end does not belong to it."""
+    value = getattr(args, name)
+    inside = (low < value if lower_open else low <= value) and (value < high if upper_open else value <= high)
+    if not inside:
+        raise UserError(f"--{name} {value} is out of range: it must lie between {low} and {high}")
+
+
+def _parser(dataclasses):
+    return _Parser(dataclasses, allow_abbrev=False, formatter_class=_Help)
+
+
+def _options(parser):
+    return [option for action in parser._actions for option in action.option_strings]

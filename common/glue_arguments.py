@@ -1,0 +1,155 @@
+"""The flags of run_glue.py, by Hugging Face's names. What can be judged from the flags alone is judged here."""
+
+from dataclasses import dataclass, field
+
+from transformers.hf_argparser import HfArg
+
+from common.data.glue import TASKS, find_task
+from common.errors import UserError
+from common.flags import at_least, between, one_of, parse, positive
+from common.schedulers import CURVE_NAMES, check_curve
+
+
+@dataclass
+class GlueModelArguments:
+    """Which checkpoint is fine-tuned."""
+
+    model_name_or_path: str | None = HfArg(
+        default=None, help="A checkpoint of run_pretraining.py, or any encoder: folder or hub name."
+    )
+    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer (default: the checkpoint's own).")
+    random_weights: bool = HfArg(default=False, help="Take the checkpoint's shape, but not its weights.")
+    ignore_mismatched_sizes: bool = HfArg(default=False, help="Begin anew what does not fit, as another task's head.")
+    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept (default: the hub's own cache).")
+    trust_remote_code: bool = HfArg(default=False, help="Allow code from the hub to run.")
+
+
+@dataclass
+class GlueDataArguments:
+    """Which task, and where its files are."""
+
+    task_name: str | None = HfArg(default=None, help=f"One of {', '.join(TASKS)}.")
+    data_dir: str | None = HfArg(default=None, help="Folder of GLUE's TSV files: the root, or the task's own.")
+    train_file: str | None = HfArg(
+        default=None, help="Training file instead; without --task_name a csv, tsv or jsonl with a column 'label'."
+    )
+    validation_file: str | None = HfArg(default=None, help="Validation file instead.")
+    test_file: str | None = HfArg(default=None, help="Test file instead.")
+    max_seq_length: int = HfArg(default=128, aliases=["--max_length"], help="Tokens of the longest row.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad every row to that length instead of its neighbours'.")
+    max_train_samples: int | None = HfArg(default=None, help="Use only the first N training rows.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use only the first N validation rows.")
+    max_predict_samples: int | None = HfArg(default=None, help="Use only the first N test rows.")
+
+
+@dataclass
+class GlueTrainingArguments:
+    """Batch, optimizer, schedule, validation, checkpoints."""
+
+    output_dir: str | None = HfArg(default=None, help="Where everything is written.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
+    do_train: bool = HfArg(default=False, help="Fine-tune.")
+    do_eval: bool = HfArg(default=False, help="Score the validation split at the end.")
+    do_predict: bool = HfArg(default=False, help="Write predictions for the test split.")
+    seed: int = HfArg(default=42, help="Head, order and dropout all follow from it.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
+    max_train_steps: int | None = HfArg(default=None, aliases=["--max_steps"], help="Optimizer steps, instead.")
+    train_batch_size: int | None = HfArg(
+        default=None, help="Rows in the global batch (default: what the devices take at once, times accumulation)."
+    )
+    per_device_train_batch_size: int = HfArg(default=8, help="Rows a device takes at once.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-batches in an optimizer step.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="Rows a device takes at once in validation.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
+
+    optimizer_type: str = HfArg(
+        default="adamw", help="adamw, muon, adam, sgd, or module:Class of any torch optimizer."
+    )
+    optimizer_args: list[str] = field(
+        default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
+    )
+    learning_rate: float = HfArg(default=5e-5, help="Peak learning rate.")
+    weight_decay: float = HfArg(default=0.0, help="Not on biases and norms.")
+    adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="Added to the denominator.")
+    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient; 0 = off.")
+    lr_scheduler_type: str = HfArg(default="linear", help=f"Curve after the warm-up: {', '.join(CURVE_NAMES)}.")
+    warmup_ratio: float = HfArg(
+        default=0.0, aliases=["--warmup_proportion"], help="Share of the steps for the linear warm-up."
+    )
+    warmup_steps: int | None = HfArg(default=None, aliases=["--num_warmup_steps"], help="Warm-up in steps, instead.")
+
+    eval_strategy: str = HfArg(
+        default="no", aliases=["--evaluation_strategy"], help="no, steps (--eval_steps) or epoch: validate on the way."
+    )
+    eval_steps: int | None = HfArg(default=None, help="Validate every N optimizer steps.")
+    logging_steps: int = HfArg(default=10, help="Log every N optimizer steps.")
+    checkpointing_steps: int | None = HfArg(default=None, aliases=["--save_steps"], help="Save every N steps.")
+    save_total_limit: int = HfArg(default=2, help="Checkpoints kept; the oldest goes first.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint folder (step_N).")
+    bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
+    fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
+    fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
+
+    @property
+    def precision(self):
+        """What the flags ask for: "bf16", "fp16", "no" (fp32) or None (unsaid)."""
+        return next(
+            (name for name, asked in (("bf16", self.bf16), ("fp16", self.fp16), ("no", self.fp32)) if asked), None
+        )
+
+
+def parse_glue_arguments(argv=None):
+    """Parse and check the command line of run_glue.py.
+
+    Args:
+        argv: list of words without the program's name; None = sys.argv[1:].
+    Returns:
+        (GlueModelArguments, GlueDataArguments, GlueTrainingArguments).
+    Raises:
+        UserError: unknown flags, values out of range, contradictions; the message names the flags.
+    """
+    model, data, args = parse([GlueModelArguments, GlueDataArguments, GlueTrainingArguments], argv)
+    if not model.model_name_or_path:
+        raise UserError("--model_name_or_path is missing: give a folder that run_pretraining.py wrote, or a hub name")
+    if data.task_name:
+        find_task(data.task_name)
+    elif not data.train_file:
+        raise UserError(
+            f"--task_name is missing: give one of {', '.join(TASKS)}, or --train_file for a task of your own"
+        )
+    if not args.output_dir:
+        raise UserError("--output_dir is missing: name a folder for the results")
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
+    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        at_least(data, name, 1)
+    at_least(data, "max_seq_length", 8)
+    for name in (
+        "max_train_steps",
+        "train_batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+        "eval_steps",
+        "logging_steps",
+        "checkpointing_steps",
+        "save_total_limit",
+    ):
+        at_least(args, name, 1)
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        at_least(args, name, 0)
+    for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
+        positive(args, name)
+    for name in ("adam_beta1", "adam_beta2"):
+        between(args, name, 0, 1, upper_open=True)
+    between(args, "warmup_ratio", 0, 1)
+    between(args, "seed", 0, 2**32 - 1)
+    one_of("eval_strategy", args.eval_strategy, ["no", "steps", "epoch"])
+    if args.eval_strategy == "steps" and not args.eval_steps:
+        raise UserError("--eval_strategy steps needs --eval_steps: how often?")
+    check_curve(args.lr_scheduler_type, {})
+    if sum((args.bf16, args.fp16, args.fp32)) > 1:
+        raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
+    return model, data, args

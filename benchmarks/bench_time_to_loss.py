@@ -7,9 +7,9 @@ run_pretraining.py with its own defaults, for a budget of tokens chosen beforeha
 row counts only where it is not above the loss to reach. Both are judged by stock BertForMaskedLM on the same masked
 held-out rows, and both times are of training alone, without imports, data preparation and this judgement.
 
-The example is slow, so its loss comes from hf_example.py's arithmetically equal way to compute its steps (checked here
-over 20 steps without dropout), and its time is its number of steps times the time of its true step, measured in turn
-with ours, each in a fresh process, round after round. --baseline_in_full instead runs its epochs as they are.
+The example is slow, so its loss comes from example_epoch.py's arithmetically equal way to compute its steps (checked
+here over 20 steps without dropout), and its time is its number of steps times the time of its true step, measured in
+turn with ours, each in a fresh process, round after round. --baseline_in_full instead runs its epochs as they are.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers import BertForMaskedLM
 
-from benchmarks import hf_example
+from benchmarks import example_epoch
 from benchmarks.interleaved import REPOSITORY, Case, run_rounds, stock_environment
 from benchmarks.results import spread, write_results
 from benchmarks.search_defaults import wikitext_flags
@@ -39,7 +39,7 @@ def run_ours(args):
     """Run run_pretraining.py with its defaults and judge what it saved. Returns: figures."""
     out = args.work / f"ours-{args.ours}"
     flags = [*wikitext_flags(args.data, args.work / "cache"), "--output_dir", str(out), "--overwrite_output_dir"]
-    flags += ["--model_size", "mini", "--packing", "concat", "--fp32", *shlex.split(args.flags)]
+    flags += ["--model_size", "mini", *shlex.split(args.flags)]
     _, data_args, training_args, _ = parse_pretraining_arguments(flags)
     steps = -(-args.ours // (training_args.train_batch_size * data_args.max_seq_length))
     began = time.perf_counter()
@@ -50,13 +50,19 @@ def run_ours(args):
     )
     process_seconds = time.perf_counter() - began
     results = json.loads((out / "all_results.json").read_text())
-    evaluation = hf_example.Evaluation(args.data, hf_example.load_tokenizer(args.data))
+    evaluation = example_epoch.Evaluation(args.data, example_epoch.load_tokenizer(args.data))
     return {
         "seconds": results["train_runtime"],
         "process_seconds": process_seconds,
         "tokens": results["train_tokens"],
         "eval_loss": evaluation(BertForMaskedLM.from_pretrained(out)),
     }
+
+
+def example_files(args):
+    """Flags of masked_lm_example.py for WikiText-2; its batch, length and model are those of example_epoch.py."""
+    text, vocabulary = Path(args.data) / "wikitext-2/train.txt", Path(args.data) / "vocab/bert-base-uncased/vocab.txt"
+    return ["--train_file", text, "--tokenizer_name", vocabulary, "--cache_dir", args.work / "datasets"]
 
 
 def example_losses(args):
@@ -66,7 +72,7 @@ def example_losses(args):
     for rate in args.rates:
         if f"{rate:g}" in found:
             continue
-        command = [sys.executable, "-m", "benchmarks.hf_example", "--learning_rate", f"{rate:g}"]
+        command = [sys.executable, "-m", "benchmarks.example_epoch", "--learning_rate", f"{rate:g}"]
         command += ["--data", args.data, "--work", args.work / ("in_full" if args.baseline_in_full else "example")]
         command += ["--in_full"] if args.baseline_in_full else []
         done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, capture_output=True, text=True)
@@ -77,8 +83,8 @@ def example_losses(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=hf_example.DATA, help="folder that holds wikitext-2 and vocab")
-    parser.add_argument("--work", type=Path, default=hf_example.WORK, help="folder for what is prepared and run")
+    parser.add_argument("--data", default=example_epoch.DATA, help="folder that holds wikitext-2 and vocab")
+    parser.add_argument("--work", type=Path, default=example_epoch.WORK, help="folder for what is prepared and run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of the example")
     parser.add_argument("--baseline_in_full", action="store_true", help="run the example's epochs as they are")
@@ -91,9 +97,9 @@ def main():
         print(json.dumps(run_ours(args)))
         return
 
-    tokenizer = hf_example.load_tokenizer(args.data)
-    rows = hf_example.load_rows(args.data, "train", tokenizer)
-    checked = hf_example.check(rows, tokenizer, DEFAULT_RATE, CHECKED_STEPS)
+    tokenizer = example_epoch.load_tokenizer(args.data)
+    rows = example_epoch.load_rows(args.data, "train", tokenizer)
+    checked = example_epoch.check(rows, tokenizer, DEFAULT_RATE, CHECKED_STEPS)
     if checked["largest_difference"] > TOLERANCE:
         sys.exit(f"error: the two ways to compute the example's step differ by {checked['largest_difference']}")
     example = example_losses(args)
@@ -101,7 +107,7 @@ def main():
     rates = {"default": DEFAULT_RATE, "best of five": best}
 
     this = [sys.executable, "-m", "benchmarks.bench_time_to_loss", "--data", args.data, "--work", args.work]
-    step = [sys.executable, "-m", "benchmarks.hf_example", "--data", args.data, "--work", args.work, "--time_steps", 8]
+    step = [sys.executable, "-m", "benchmarks.masked_lm_example", *example_files(args), "--steps", 12, "--warm_up", 3]
     cases = {"example's step": Case(step, stock_environment())}
     cases |= {name: Case([*this, "--ours", tokens]) for name, tokens in BUDGETS.items()}
     measured = run_rounds(cases, args.rounds)
@@ -114,7 +120,7 @@ def main():
 def row(name, rate, example, measured, in_full):
     """One line of the table: the example with a learning rate against ours."""
     losses = [figures[name]["eval_loss"] for figures in measured]
-    epochs = [example["of"] * figures["example's step"]["seconds_per_step"] for figures in measured]
+    epochs = [example["of"] * figures["example's step"]["step_seconds"] for figures in measured]
     epochs = [example["seconds_per_step"] * example["of"]] * len(measured) if in_full else epochs
     ours = [figures[name]["seconds"] for figures in measured]
     ratios = [epoch / seconds for epoch, seconds in zip(epochs, ours, strict=True)]

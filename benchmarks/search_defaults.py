@@ -4,7 +4,7 @@
         --tokens 100000 --trial "--optimizer_type muon --learning_rate 3e-3" --trial "--learning_rate 1e-3"
 
 Each trial is what run_pretraining.py does with these flags, in this process: its schedule ends with the budget. The
-loss is hf_example.py's: stock rows, masks at 15 %. A trial appends one JSON line to
+loss is example_epoch.py's: stock rows, masks at 15 %. A trial appends one JSON line to
 benchmarks/results/search_defaults.jsonl; one that is already there is not run again, so a search that was stopped goes
 on when its command is repeated.
 """
@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import BertForMaskedLM
 
-from benchmarks import hf_example
+from benchmarks import example_epoch
 from common import parallel
 from common.arguments import parse_pretraining_arguments
 from common.data.batches import Masking, TrainBatches
@@ -85,13 +85,13 @@ def train(flags, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=hf_example.DATA, help="folder that holds wikitext-2 and vocab")
-    parser.add_argument("--work", type=Path, default=hf_example.WORK, help="folder for prepared data")
+    parser.add_argument("--data", default=example_epoch.DATA, help="folder that holds wikitext-2 and vocab")
+    parser.add_argument("--work", type=Path, default=example_epoch.WORK, help="folder for prepared data")
     parser.add_argument("--tokens", type=int, default=100_000, help="budget of each trial")
     parser.add_argument("--trial", action="append", required=True, help="flags of run_pretraining.py, as one word")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    evaluation = hf_example.Evaluation(args.data, hf_example.load_tokenizer(args.data))
+    evaluation = example_epoch.Evaluation(args.data, example_epoch.load_tokenizer(args.data))
     args.results.parent.mkdir(parents=True, exist_ok=True)
     for trial in args.trial:
         key = {"flags": trial, "tokens": args.tokens}

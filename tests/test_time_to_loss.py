@@ -5,28 +5,28 @@ import json
 import pytest
 from transformers import BertForMaskedLM
 
-from benchmarks import hf_example, search_defaults
+from benchmarks import example_epoch, search_defaults
 
 
 @pytest.fixture(scope="module")
 def tokenizer(data_folder):
-    return hf_example.load_tokenizer(data_folder)
+    return example_epoch.load_tokenizer(data_folder)
 
 
 @pytest.fixture(scope="module")
 def rows(data_folder, tokenizer):
-    return hf_example.load_rows(data_folder, "valid", tokenizer)
+    return example_epoch.load_rows(data_folder, "valid", tokenizer)
 
 
 def test_both_ways_to_compute_a_step_agree(rows, tokenizer):
-    checked = hf_example.check(rows, tokenizer, 1e-3, steps=4)
+    checked = example_epoch.check(rows, tokenizer, 1e-3, steps=4)
     assert checked["largest_difference"] < 1e-5
     losses = [loss for loss, _ in checked["losses"]]
     assert losses[-1] < losses[0] - 0.5  # it learns at all
 
 
 def test_a_run_in_pieces_is_the_whole_run(rows, tokenizer, tmp_path):
-    whole, first, second = (hf_example.Example(rows[:32], tokenizer, 1e-3) for _ in range(3))
+    whole, first, second = (example_epoch.Example(rows[:32], tokenizer, 1e-3) for _ in range(3))
     losses = [whole.step() for _ in range(whole.total_steps)]
     pieces = [first.step() for _ in range(2)]
     first.save(tmp_path / "state.pt")
@@ -53,7 +53,7 @@ def test_a_trial_does_what_the_script_does(harness, data_folder, tmp_path, out):
     trained, steps, _ = search_defaults.train(words, tokens=20 * 4 * 64)
     mine = BertForMaskedLM(trained.config)
     mine.load_state_dict(trained.state_dict())
-    evaluation = hf_example.Evaluation(data_folder, hf_example.load_tokenizer(data_folder))
+    evaluation = example_epoch.Evaluation(data_folder, example_epoch.load_tokenizer(data_folder))
     evaluation.batches = evaluation.batches[:4]
     assert steps == 20 and evaluation(mine, masked_only=True) == pytest.approx(evaluation(theirs), abs=1e-5)
 

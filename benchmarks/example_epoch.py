@@ -1,10 +1,10 @@
 """The Hugging Face masked-language-model example's recipe, as the baseline of benchmarks; in pieces, if wanted.
 
-    python -m benchmarks.hf_example --learning_rate 5e-5 --seconds 200
+    python -m benchmarks.example_epoch --learning_rate 5e-5 --seconds 200
 
 trains bert-mini for one epoch of WikiText-2 and prints one JSON object. With --seconds it stops then, its state is in
 --work, and the same command goes on. A step is computed as the example does it (--in_full), or by the same arithmetic
-in less time: the head on the masked positions alone, and AdamW in one kernel. --check N runs both for N steps without
+in less time: run_pretraining.py's forward pass, and AdamW in one kernel. --check N runs both for N steps without
 dropout and prints their losses, which must agree.
 
 Source of the recipe: examples/pytorch/language-modeling/run_mlm_no_trainer.py of transformers, with its defaults.
@@ -13,7 +13,6 @@ Source of the recipe: examples/pytorch/language-modeling/run_mlm_no_trainer.py o
 import argparse
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling
 
 from benchmarks.interleaved import REPOSITORY
+from common.models.layers import make_fast, use_attention
+from common.models.mlm import FAMILIES
 
 DATA = os.environ.get("FRUGAL_TEST_DATA", REPOSITORY.parent / "shared" / "data")
 WORK = REPOSITORY / "runs" / "cache" / "benchmarks"
@@ -97,6 +98,25 @@ def masked_loss(model, batch):
     return F.cross_entropy(model.cls(hidden[chosen]), batch["labels"][chosen])
 
 
+def as_ours(batch):
+    """A batch of the stock collator as run_pretraining.py's model takes it; what is not masked has weight 0."""
+    labels = batch["labels"]
+    masked = labels != -100
+    most = int(masked.sum(dim=1).max())
+    positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    weights = masked.gather(1, positions).float()
+    rows, length = labels.shape
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": torch.arange(length).expand(rows, -1),
+        "document_ids": torch.ones(rows, length, dtype=torch.long),
+        "masked_positions": positions,
+        "masked_labels": labels.gather(1, positions).clamp(min=0),
+        "masked_weights": weights,
+        "loss_denominator": weights.sum(),
+    }
+
+
 class Example:
     """The example's training run over one epoch; step n draws its masks and dropout from (seed, n) alone.
 
@@ -111,6 +131,11 @@ class Example:
         self.rows, self.tokenizer, self.seed, self.in_full = rows, tokenizer, seed, in_full
         self.learning_rate = learning_rate
         self.model = stock_model(tokenizer, seed, dropout).train()
+        if not in_full:
+            self.model.__class__ = FAMILIES["bert"][1]
+            self.model.packs_documents = False
+            make_fast(self.model)
+            use_attention(self.model, "sdpa")
         kernel = {"foreach": False, "fused": False} if in_full else {"fused": True}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, **kernel)
         self.order = np.random.default_rng(seed).permutation(len(rows))
@@ -124,7 +149,7 @@ class Example:
         (batch,) = collated(self.rows[here], self.tokenizer, BATCH)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * (1 - self.completed / self.total_steps)
-        loss = self.model(**batch).loss if self.in_full else masked_loss(self.model, batch)
+        loss = self.model(**(batch if self.in_full else as_ours(batch))).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -152,16 +177,6 @@ def check(rows, tokenizer, learning_rate, steps):
     return {"losses": losses, "largest_difference": max(abs(a - b) for a, b in losses)}
 
 
-def true_step_time(rows, tokenizer, steps, untimed=2):
-    """Seconds of a step computed in full, the median."""
-    run, times = Example(rows, tokenizer, 5e-5, in_full=True), []
-    for _ in range(untimed + steps):
-        began = time.perf_counter()
-        run.step()
-        times.append(time.perf_counter() - began)
-    return {"seconds_per_step": statistics.median(times[untimed:])}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=DATA, help="folder that holds wikitext-2 and vocab")
@@ -171,15 +186,11 @@ def main():
     parser.add_argument("--steps", type=int, help="stop at this step")
     parser.add_argument("--in_full", action="store_true", help="full logits and AdamW in a loop, as the example")
     parser.add_argument("--check", type=int, metavar="N", help="compare both ways over N steps without dropout")
-    parser.add_argument("--time_steps", type=int, metavar="N", help="print the time of a step in full, over N steps")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.data)
     rows = load_rows(args.data, "train", tokenizer)
     if args.check:
         print(json.dumps(check(rows, tokenizer, args.learning_rate, args.check)))
-        return
-    if args.time_steps:
-        print(json.dumps(true_step_time(rows, tokenizer, args.time_steps)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / f"example-lr{args.learning_rate:g}.pt"
@@ -196,7 +207,9 @@ def main():
     result |= {"tokens": rows.size, "seconds_per_step": spent / max(1, run.completed - first), "in_full": args.in_full}
     result["recent_train_loss"] = float(np.mean(losses[-100:])) if losses else None
     if run.completed >= last:
-        result["eval_loss"] = Evaluation(args.data, tokenizer)(run.model)
+        stock = stock_model(tokenizer, 0, DROPOUT)
+        stock.load_state_dict(run.model.state_dict())
+        result["eval_loss"] = Evaluation(args.data, tokenizer)(stock)
     print(json.dumps(result), flush=True)
 
 

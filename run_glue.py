@@ -61,9 +61,8 @@ def main():
     task, splits = read_splits(data_args, args)
     set_seed(args.seed)
     model = build_classifier(model_args, task)
-    tokenizer = load_tokenizer(
-        model_args.tokenizer_name or model_args.model_name_or_path, model_args.cache_dir, model_args.trust_remote_code
-    )
+    name = model_args.tokenizer_name or tokenizer_of(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(name, model_args.cache_dir, model_args.trust_remote_code)
     encode = partial(
         encode_examples,
         task=task,
@@ -225,6 +224,13 @@ def main():
         say(f"{task.name}: {shown(results) or 'done'}", f"results: {output_dir}", sep="\n")
     parallel.shut_down(accelerator)
     return 0
+
+
+def tokenizer_of(checkpoint):
+    """Where a checkpoint's tokenizer is: with it, or, of a checkpoint in training, in the folder of its run."""
+    path = Path(checkpoint)
+    in_training = path.is_dir() and not any(path.glob("tokenizer*")) and any(path.parent.glob("tokenizer*"))
+    return str(path.parent) if in_training else checkpoint
 
 
 def shown(values):

@@ -145,6 +145,7 @@ def main():
     command = os.environ.get("FRUGAL_COMMAND") or shlex.join(["python", *sys.argv])  # as the user typed it
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
+    parallel.on_main(accelerator, lambda: corpus.tokenizer.save_pretrained(output_dir) and None)  # for its checkpoints
     batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=state.consumed_rows)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 

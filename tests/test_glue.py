@@ -214,6 +214,15 @@ def test_the_example_command_of_extremebert(harness, checkpoint, rte, tmp_path):
     assert "step 4: eval_accuracy" in done.stdout and results(out)["train_steps"] == 10
 
 
+def test_a_checkpoint_in_training(harness, checkpoint, rte, tmp_path):
+    """step_N of a run whose final weights are the same: what comes of it is, too."""
+    out = tmp_path / "run"
+    flags = ["--max_train_steps", 2]
+    harness.run(*command(checkpoint / "step_2", rte, out, *flags)).check()
+    harness.run(*command(checkpoint, rte, tmp_path / "same", *flags)).check()
+    assert log(out) == log(tmp_path / "same")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

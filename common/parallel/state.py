@@ -32,6 +32,7 @@ def save_training_state(accelerator, model, optimizer, folder):
     """
     if accelerator.is_main_process:
         save_model(plain_model(model), str(folder / WEIGHTS))  # knows tied tensors
+        plain_model(model).config.save_pretrained(folder)  # so that from_pretrained can load it, too
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}  # fp16's loss scale
         torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
 

@@ -24,7 +24,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from common import parallel, run_folder
-from common.arguments import parse_pretraining_arguments, resume_settings
+from common.arguments import parse_pretraining_arguments
 from common.batch_size import cut_global_batch, find_batch_size
 from common.checkpoint import read_state, resolve_checkpoint, save_checkpoint
 from common.clock import BudgetClock, read_readings
@@ -41,6 +41,7 @@ from common.optimizers import build_optimizer
 from common.parallel.state import bytes_per_rank, load_training_state, plain_model, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog
+from common.resume import resume_settings
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained

@@ -7,6 +7,7 @@ anything is loaded. The dataclasses are read-only after parsing.
 import sys
 from dataclasses import dataclass, field, fields
 
+import torch
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
@@ -14,6 +15,7 @@ from common.flags import at_least, between, flag_names, one_of, parse, positive
 from common.models.presets import MODEL_SIZES, model_shape
 from common.schedulers import CURVE_NAMES, check_curve
 
+CPU_BATCH, GPU_BATCH = 8, 256  # small ones learn more from minutes on a CPU (benchmarks/README.md); a GPU needs work
 DEFAULT_HOURS = 5 / 60  # a first run without any limit: long enough to learn something, short enough to watch
 
 # What --parity takes as defaults instead of ours; flags that are given win over it.
@@ -142,7 +144,9 @@ class DataArguments:
         default="documents",
         help="documents: documents share a row but do not see each other; concat: one stream cut into rows.",
     )
-    mlm_probability: float = HfArg(default=0.15, help="Share of a row's positions that are predicted, in (0, 1).")
+    mlm_probability: float = HfArg(
+        default=0.4, help="Share of a row's positions that are predicted, in (0, 1); validation always masks 0.15."
+    )
 
 
 @dataclass
@@ -174,7 +178,9 @@ class TrainingArguments:
     )
 
     # ---- batch
-    train_batch_size: int = HfArg(default=32, help="Rows in the global batch of one optimizer step.")
+    train_batch_size: int | None = HfArg(
+        default=None, help="Rows in the global batch of one optimizer step (8 on a CPU, 256 on a GPU)."
+    )
     per_device_train_batch_size: int = HfArg(
         default=32, aliases=["--train_micro_batch_size_per_gpu"], help="Rows a device takes at once."
     )
@@ -387,6 +393,8 @@ def _check_data(data):
 
 
 def _check_training(args):
+    if args.train_batch_size is None:
+        args.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs"):
         positive(args, name)
     between(args, "seed", 0, 2**32 - 1)
@@ -458,36 +466,3 @@ def _check_limits(args):
             raise UserError("--num_warmup_steps contradicts --lr_schedule time: use --warmup_proportion")
     if args.finetune_time_markers and args.total_training_time is None:
         raise UserError("--finetune_time_markers are fractions of --total_training_time: give it too")
-
-
-# What a continued run may change, because it only cuts, watches or ends the run differently ...
-FREE_ON_RESUME = """
-    output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps
-    num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size
-    gradient_checkpointing torch_compile memory_settings eval_steps do_validation shards_per_epoch validation_epochs
-    validation_epochs_begin validation_epochs_end validation_begin_proportion validation_end_proportion
-    use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps
-    checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to
-    project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples
-    parity max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
-""".split()
-# ... or because the fingerprint of the prepared text and tokenizer speaks for it.
-IN_THE_FINGERPRINT = """
-    dataset_name dataset_config_name train_file validation_file dataset_path tokenizer_name text_column
-    document_separator validation_split_percentage max_train_documents tokenizer_train_vocab_size
-""".split()
-# Changed on purpose, as after a loss that became NaN; a continued run says so.
-SAID_ON_RESUME = """
-    learning_rate max_grad_norm lr_schedule lr_scheduler_type warmup_proportion num_warmup_steps min_lr_ratio lr_power
-    decay_proportion exponential_end_ratio esd_shrink esd_cr_k
-""".split()
-
-
-def resume_settings(*groups):
-    """The settings that decide what a run computes, as a flat dict of plain values, for its checkpoints.
-
-    Args:
-        groups: the dataclasses that parse_pretraining_arguments returns.
-    """
-    left_out = {*FREE_ON_RESUME, *IN_THE_FINGERPRINT}
-    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in left_out}

@@ -7,9 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from common.arguments import SAID_ON_RESUME
 from common.checkpoint import put_later_checkpoints_aside, refuse_other_settings, resolve_checkpoint
 from common.errors import UserError
+from common.resume import SAID_ON_RESUME
 
 ARGUMENTS, RESULTS, METRICS, READINGS = "args.json", "all_results.json", "metrics.jsonl", "clock.f64"
 # What a run writes, and so what --overwrite_output_dir may remove; anything else in the folder is left alone.

@@ -22,7 +22,7 @@ class Clock:
 
 
 def limits(rows=25_600, clock=None, **changes):
-    return Limits(TrainingArguments(**changes), rows, clock or Clock(), TrainState())
+    return Limits(TrainingArguments(**{"train_batch_size": 32, **changes}), rows, clock or Clock(), TrainState())
 
 
 def test_due_is_the_multiples_in_between():

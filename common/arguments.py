@@ -200,12 +200,14 @@ class TrainingArguments:
 
     # ---- optimizer
     optimizer_type: str = HfArg(
-        default="adamw", help="adamw, muon, adam, sgd, or any torch optimizer as module:Class."
+        default="muon",
+        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, or any torch optimizer as "
+        "module:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
     )
-    learning_rate: float = HfArg(default=1e-3, aliases=["--lr"], help="Peak learning rate.")
+    learning_rate: float = HfArg(default=2e-3, aliases=["--lr"], help="Peak learning rate.")
     weight_decay: float = HfArg(default=0.01, help="Not on biases and norms.")
     adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
     adam_beta2: float = HfArg(default=0.98, help="Decay of the second moment.")

@@ -76,7 +76,7 @@ def compare(harness, cache, out, steps, *data_flags):
     flags = [*MODEL, *data_flags, "--cache_dir", cache, "--output_dir", out, "--max_seq_length", S, "--fp32"]
     flags += ["--train_batch_size", BATCH, "--max_train_steps", steps, "--learning_rate", RATE]
     flags += ["--packing", "concat", "--init_output_bias", "zeros", "--logging_steps", 1, "--max_eval_samples", 32]
-    flags += ["--mlm_probability", 0.15]
+    flags += ["--mlm_probability", 0.15, "--optimizer_type", "adamw"]
     harness.run(SCRIPT, *flags).check()
     ours, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     prepared = next(path.parent for path in cache.glob("*/train.bin"))

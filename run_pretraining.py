@@ -28,7 +28,7 @@ from common.arguments import parse_pretraining_arguments
 from common.batch_size import cut_global_batch, find_batch_size
 from common.checkpoint import read_state, resolve_checkpoint, save_checkpoint
 from common.clock import BudgetClock, read_readings
-from common.data.batches import EvalBatches, Masking, TrainBatches
+from common.data.batches import EvalBatches, Masking, TrainBatches, to_device
 from common.data.packing import build_rows
 from common.data.prepare import prepare_corpus
 from common.errors import run_main
@@ -91,8 +91,11 @@ def main():
     # ---- The global batch, cut into what fits a device -------------------------------------------
     stream = partial(TrainBatches, rows, masking, args.seed, **here)
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    attention = model_args.attn_implementation
     if args.auto_find_batch_size:
-        try_batch = lambda size: next(iter(stream(batch_size=size, accumulation=1)))[0]  # noqa: E731
+        use_attention(plain_model(model), "plain" if attention == "auto" else attention)  # plain needs the most memory
+        first_batch = lambda size: next(stream(batch_size=size, accumulation=1).micro_batches())[0]  # noqa: E731
+        try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
         per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
     accelerator.gradient_accumulation_steps = accumulation
@@ -116,7 +119,7 @@ def main():
         output_dir / run_folder.READINGS,
         args.replay_clock,
     )
-    state, validation_owed, begun, attention = TrainState(), False, None, model_args.attn_implementation
+    state, validation_owed, begun = TrainState(), False, None
     limits = Limits(args, len(rows), clock, state)
     curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
     factor = partial(learning_rate_factor, warmup_proportion=limits.warmup_proportion, **curve)

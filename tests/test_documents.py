@@ -127,6 +127,7 @@ def test_file_that_is_not_compressed_as_its_name_says(tmp_path, compression):
         ("a.json", "[\n{},\n{]", "a.json:3: malformed JSON array"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet: not a valid parquet file"),
     ],
+    ids=["empty", "empty-gzip", "binary", "binary-zstandard", "json", "parquet"],
 )
 def test_files_that_cannot_be_skipped(tmp_path, name, content, said):
     assert said in error_of(write(tmp_path / name, content), max_bad_records=1000)

@@ -114,7 +114,9 @@ def test_results_and_card_say_what_was_done(finished):
     numbers = results(finished.out)
     assert (numbers["train_steps"], numbers["world_size"], numbers["precision"]) == (300, 1, "fp32")
     assert numbers["stop_reason"] == "all steps done" and 0 < numbers["mfu"] < 1.5
-    assert numbers["optimizer_bytes_per_rank"] == pytest.approx(2 * numbers["parameter_bytes_per_rank"], rel=0.01)
+    hidden = sum(w.nbytes for name, w in weights(finished.out).items() if w.dim() == 2 and "embed" not in name)
+    expected = 2 * numbers["parameter_bytes_per_rank"] - hidden  # Muon keeps one moment of these, AdamW two of others
+    assert numbers["optimizer_bytes_per_rank"] == pytest.approx(expected, rel=0.01)
     card = (finished.out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "fill-mask"
@@ -171,6 +173,7 @@ def test_accumulation_gives_the_loss_of_the_whole_batch(harness, tiny_corpus, ca
 def test_a_time_budget_ends_the_run_and_the_schedule(harness, tiny_corpus, cache, out):
     hours = 3 / 3600
     flags = ["--total_training_time", hours, "--finetune_time_markers", "0.3,0.6", "--report_to", "tensorboard"]
+    flags += ["--learning_rate", 1e-3]
     result = harness.run(*small_run(tiny_corpus, cache, out, *flags)).check()
     numbers = results(out)
     assert numbers["stop_reason"] == "time budget spent" and "validating" in result.stdout
@@ -188,6 +191,7 @@ def test_a_time_budget_ends_the_run_and_the_schedule(harness, tiny_corpus, cache
 
 def test_early_exit_keeps_the_longer_schedule(harness, tiny_corpus, cache, out):
     flags = ["--total_training_time", 1, "--early_exit_time_marker", 1.5 / 3600, "--warmup_proportion", 0]
+    flags += ["--learning_rate", 1e-3]
     harness.run(*small_run(tiny_corpus, cache, out, *flags)).check()
     assert results(out)["train_runtime"] >= 1.5
     assert training_rows(out)[-1]["learning_rate"] > 0.99e-3
@@ -252,30 +256,36 @@ def test_extremeberts_best_recipe_runs(harness, finished, cache, out):
 
 
 def test_a_full_device_halves_its_share_and_keeps_the_global_batch(harness, tiny_corpus, cache, tmp_path):
-    """While it trains, memory is limited so that 512 rows at once do not fit: a real failure of the allocator."""
+    """Memory is limited so that 512 rows at once do not fit: a real failure of the allocator.
+
+    oneDNN remembers a primitive that it could not make for want of memory, and never makes it again; so its memory is
+    turned off.
+    """
     script = tmp_path / "limited.py"
     script.write_text(
-        "import pathlib, resource, runpy, sys, threading, time\n"
+        "import os, pathlib, resource, runpy, sys, threading, time\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "used = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmData')][0]\n"
         "hard = resource.getrlimit(resource.RLIMIT_DATA)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_DATA, ((int(used) << 10) + (320 << 20), hard))\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, ((int(used) << 10) + (512 << 20), hard))\n"
         "def lift():\n"
-        "    while not pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1], 'metrics.jsonl').exists():\n"
+        "    folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
+        "    while not pathlib.Path(folder, os.environ['LIMITED_UNTIL']).exists():\n"
         "        time.sleep(0.002)\n"
         "    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))\n"
         "threading.Thread(target=lift, daemon=True).start()\n"
         f"runpy.run_path({str(REPOSITORY / SCRIPT)!r}, run_name='__main__')\n"
     )
-    # 512 rows need about 700 MB more than a process that has imported everything, 128 about 200 MB
+    # the scores of 32 heads in fp32 take 2.6 MB of each row, and little time: 1.4 GB for 512 rows
     flags = ["--per_device_train_batch_size", 512, "--per_device_eval_batch_size", 8]
-    flags += ["--hidden_size", 128, "--intermediate_size", 512, "--num_hidden_layers", 3]
+    flags += ["--num_attention_heads", 32, "--attn_implementation", "plain"]
     words = small_run(tiny_corpus, cache, tmp_path / "full", *flags, steps=1, batch=512)
-    stopped = harness.run(script, *words[1:]).check(2)
+    env = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    stopped = harness.run(script, *words[1:], env=env | {"LIMITED_UNTIL": "metrics.jsonl"}).check(2)
     assert "the device is full" in stopped.stderr and "--auto_find_batch_size" in stopped.stderr
     out = tmp_path / "found"
     words = small_run(tiny_corpus, cache, out, *flags, "--auto_find_batch_size", steps=1, batch=512)
-    found = harness.run(script, *words[1:]).check()
+    found = harness.run(script, *words[1:], env=env | {"LIMITED_UNTIL": "args.json"}).check()  # while it looks
     cut = re.search(r"global batch 512 rows = (\d+) per device x (\d+) accumulation", found.stdout)
     assert int(cut[1]) < 512 and int(cut[1]) * int(cut[2]) == 512
     reference = tmp_path / "reference"

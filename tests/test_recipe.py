@@ -141,4 +141,4 @@ def test_parity_hf_is_the_examples_recipe(harness, tiny_corpus, cache, out, flag
     defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     theirs = examples_losses(batches, ours.config.vocab_size, steps, **defaults, **settings)
     mine = [row["loss"] for row in training_rows(out)]
-    assert mine == pytest.approx(theirs, abs=1e-5) and mine[-1] < mine[0] - 0.03
+    assert mine == pytest.approx(theirs, abs=1e-5) and np.mean(mine[-5:]) < np.mean(mine[:5])

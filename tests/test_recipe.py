@@ -127,9 +127,9 @@ def examples_losses(batches, vocab_size, steps, **settings):
 
 
 @pytest.mark.parametrize(("flags", "settings"), [([], {"lr": 5e-5}), (["--learning_rate", RATE], {"lr": RATE})])
-def test_parity_hf_is_the_examples_recipe(harness, tiny_corpus, cache, out, flags, settings):
+def test_parity_hf_is_the_examples_recipe(harness, tiny_corpus, tmp_path, out, flags, settings):
     """Fed the same masked rows and without dropout, it takes the same steps."""
-    steps, dropout = 40, ["--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0]
+    cache, steps, dropout = tmp_path / "cache", 40, ["--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0]
     words = [*MODEL, "--train_file", tiny_corpus, "--tokenizer_train_vocab_size", 600, "--cache_dir", cache, "--fp32"]
     words += ["--max_seq_length", S, "--max_train_steps", steps, "--output_dir", out, "--logging_steps", 1]
     harness.run(SCRIPT, "--parity", "hf", *words, *dropout, *flags).check()

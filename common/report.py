@@ -105,7 +105,7 @@ def write_curves(metrics: list[dict], path_png: Path, title: str, baseline_loss:
         axis.set_xlabel(label)
     loss_axes[0].set_ylabel("masked-token loss (nats)")
     if train or evaluations:
-        loss_axes[2].legend(loc="upper right", frameon=False)
+        loss_axes[2].legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")
     draw(rate_axis, train, "step", "learning_rate", color=COLORS["train"], linewidth=1.3)
     rate_axis.set(xlabel="optimizer steps", ylabel="learning rate", ylim=(0, None))
     rate_axis.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=True)

@@ -27,6 +27,7 @@ from common.data.examples import GroupedBatches, encode_examples
 from common.data.glue_splits import read_splits
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError, run_main
+from common.eval_plot import write_eval_plot
 from common.glue_arguments import parse_glue_arguments
 from common.limits import due
 from common.models.classifier import build_classifier
@@ -213,7 +214,11 @@ def main():
         if accelerator.is_main_process:
             for suffix, examples in splits.validation.items():
                 path = output_dir / f"eval_predictions{suffix}.tsv"
-                write_predictions(path, task, examples, outputs[suffix], validation[suffix].labels)
+                labels = validation[suffix].labels
+                write_predictions(path, task, examples, outputs[suffix], labels)
+                scores = shown(score(task, outputs[suffix], labels, suffix))
+                title = f"{task.name}{suffix}, {len(labels):,} examples"
+                write_eval_plot(output_dir / f"eval_plot{suffix}.png", task, outputs[suffix], labels, title, scores)
     for suffix, examples in splits.test.items():
         outputs = look(model, encode(examples))
         if accelerator.is_main_process:

@@ -93,21 +93,16 @@ def make_submission(runs, path, fill_missing=False):
     folders = find_runs(runs)
     if not path.parent.is_dir():
         raise UserError(f"{path}: its folder does not exist; make it, or name another zip")
-    contents, missing = {}, []
-    for part in PARTS:
-        source = predictions_of(part, folders)
-        rows = [answer_row(part, *row) for row in read_predictions(source)] if source else placeholder(part)
-        contents[part.name] = table(rows)
-        fault = file_fault(part, contents[part.name])
-        if fault:
-            raise UserError(f"{source} {fault}: let run_glue.py --do_predict write it again, for the whole test split")
-        missing += [] if source else [part]
+    sources = {part: predictions_of(part, folders) for part in PARTS}
+    missing = [part for part in PARTS if not sources[part]]
     names = ", ".join(part.name.removesuffix(".tsv") for part in missing)
     if missing and not fill_missing:
         raise UserError(
             f"{runs}: no predictions for {names}: run_glue.py --do_predict writes them (AX: with MNLI, where the "
             "diagnostic set is beside it); --fill_missing answers them without a look"
         )
+    contents = {part.name: part_of_run(part, source) for part, source in sources.items() if source}
+    contents |= {part.name: table(placeholder(part)) for part in missing}
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(zip_bytes(contents))
@@ -173,6 +168,19 @@ def predictions_of(part, folders):
     return None
 
 
+def part_of_run(part, source):
+    """A file of the zip, as bytes, of a run's predictions.
+
+    Raises:
+        UserError: they are not what the benchmark wants.
+    """
+    content = table([answer_row(part, *row) for row in read_predictions(source)])
+    fault = file_fault(part, content)
+    if fault:
+        raise UserError(f"{source} {fault}: let run_glue.py --do_predict write it again, for the whole test split")
+    return content
+
+
 def read_predictions(path):
     """Rows of a predict_results.tsv: list of (index, prediction).
 
@@ -224,8 +232,8 @@ def zip_bytes(contents):
     """The zip of {file name: bytes}, as bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in contents.items():
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), content, zipfile.ZIP_DEFLATED)
+        for part in PARTS:
+            archive.writestr(zipfile.ZipInfo(part.name, EPOCH), contents[part.name], zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -270,16 +278,16 @@ def file_fault(part, content):
         return "does not begin with the header 'index<tab>prediction'"
     if len(lines) - 1 != part.rows:
         return f"has {len(lines) - 1:,} rows instead of {part.rows:,}"
-    seen = set()
+    indices = [str(index) for index in range(part.rows)]
+    awaited = set(indices)
     for number, line in enumerate(lines[1:], start=2):
         index, tab, answer = line.partition("\t")
         if not tab:
             return f"line {number} has one column instead of two"
-        if not (index.isascii() and index.isdigit() and str(int(index)) == index and int(index) < part.rows):
-            return f"line {number}: index {index!r} is not a number from 0 to {part.rows - 1:,}"
-        if index in seen:
-            return f"line {number}: index {index} is there for the second time"
-        seen.add(index)
+        if index not in awaited:
+            wrong = "is there for the second time" if index in indices else f"is none of 0 to {part.rows - 1:,}"
+            return f"line {number}: index {index!r} {wrong}"
+        awaited.remove(index)
         fault = answer_fault(part, answer)
         if fault:
             return f"line {number}: {fault}"

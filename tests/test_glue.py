@@ -329,7 +329,7 @@ def test_a_checkpoint_in_training(harness, checkpoint, rte, tmp_path):
             "--task_name stsb --train_file {rte}/scores.tsv",
             "scores.tsv, line 2: score '5.5' is not a number in [0, 5]",
         ),
-        ("--task_name cola", "train.tsv: has no column 'sentence'"),
+        ("--task_name qnli", "train.tsv: has no column 'question'"),
         ("--save_strategy often", "--save_strategy often is unknown: choose one of no, steps, epoch"),
     ],
 )

@@ -62,6 +62,14 @@ def test_classes_in_another_order_are_known_by_their_names(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("card", [True, False])
+def test_another_folder_of_the_same_name_is_read_anew(tmp_path, card):
+    """The datasets library's cache knows a folder by its name and its card."""
+    for place, rows in (("a", 4), ("b", 5), ("b", 6)):
+        folder = hub_folder(tmp_path / place / "glue", card, rows)
+        assert len(read("--dataset_name", folder, "--task_name", "mrpc", "--do_train")[1].train) == rows
+
+
 def test_a_dataset_of_ones_own(tmp_path):
     features = Features({"label": ClassLabel(names=["ham", "spam"]), "text": Value("string")})
     for name in ("train", "validation", "test"):

@@ -1,5 +1,7 @@
 """GLUE from the hub, or any dataset laid out as there: columns of text, 'label' (-1 for none) and 'idx'."""
 
+from pathlib import Path
+
 import datasets
 
 from common.data.glue import AX, DIAGNOSTIC, MATCHED, SENTENCES, Example, own_task, table_examples
@@ -53,7 +55,8 @@ def read_hub_splits(task, data_args, wanted, cache_dir):
         }
         for split in names
     }
-    if task.name == "mnli" and wanted["test"] and not data_args.dataset_config_name:
+    beside = name == GLUE or (Path(name) / DIAGNOSTIC.name).is_dir()
+    if task.name == "mnli" and wanted["test"] and beside:
         where, loaded = load(DIAGNOSTIC.name)
         found["test"][AX] = task_examples(DIAGNOSTIC, split_of(loaded, "test", where), where, False)
     return task, found

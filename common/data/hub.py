@@ -20,13 +20,15 @@ def load_dataset(name, config=None, cache_dir=None, streaming=False):
     """
     import datasets
 
+    cache_dir = str(cache_dir) if cache_dir else None
     files = None
     if Path(name).is_dir():
         files = split_files(Path(name), config)
-        config = None if files else config
+        if files is None:
+            files = datasets.load_dataset_builder(name, config, cache_dir=cache_dir).config.data_files
+        config = None  # the files are all that it says; named, they are also part of the cache's key, with their dates
     else:
         work_offline_unless_reachable()
-    cache_dir = str(cache_dir) if cache_dir else None
     return datasets.load_dataset(name, config, data_files=files, streaming=streaming, cache_dir=cache_dir)
 
 
@@ -37,7 +39,7 @@ def split_files(folder, config):
         folder: Path, with <split>.parquet or <split>-00000-of-00001.parquet in it, or in its
             subfolder named `config`.
     Returns:
-        dict, or None where the datasets library finds its way alone.
+        dict, or None where the datasets library is to find them.
     """
     if (folder / "README.md").exists():
         return None

@@ -22,11 +22,12 @@ from accelerate.utils import set_seed
 
 from common import parallel, run_folder
 from common.batch_size import cut_global_batch
-from common.checkpoint import read_state, save_checkpoint
+from common.checkpoint import read_state, resolve_checkpoint, save_checkpoint
 from common.data.examples import GroupedBatches, encode_examples
 from common.data.glue_splits import read_splits
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError, run_main
+from common.eval_plot import write_eval_plot
 from common.glue_arguments import parse_glue_arguments
 from common.limits import due
 from common.models.classifier import build_classifier
@@ -44,8 +45,10 @@ from common.utilisation import peak_memory_bytes
 def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model_args, data_args, args = parse_glue_arguments()
+    model_args, data_args, args, notes = parse_glue_arguments()
     run_folder.check_run_folder(args)
+    if args.check_arguments:
+        return check(model_args, data_args, args)
     if args.resume_from_checkpoint == "latest" and (Path(args.output_dir) / run_folder.RESULTS).exists():
         print(f"{args.output_dir} is finished: nothing to do")
         return 0
@@ -53,16 +56,12 @@ def main():
     accelerator = parallel.make_accelerator(args.precision)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
-    say("strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force))
+    say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
     output_dir = Path(args.output_dir)
     rank, ranks = parallel.data_rank(accelerator)
 
     # ---- Data, model -----------------------------------------------------------------------------
-    task, splits = read_splits(data_args, args)
-    set_seed(args.seed)
-    model = build_classifier(model_args, task)
-    name = model_args.tokenizer_name or tokenizer_of(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(name, model_args.cache_dir, model_args.trust_remote_code)
+    task, splits, model, tokenizer = load(model_args, data_args, args)
     encode = partial(
         encode_examples,
         task=task,
@@ -72,11 +71,6 @@ def main():
     )
     train = encode(splits.train) if args.do_train else None
     validation = {suffix: encode(examples) for suffix, examples in splits.validation.items()}
-    if model.config.max_position_embeddings < data_args.max_seq_length:
-        raise UserError(
-            f"--max_seq_length {data_args.max_seq_length} is above the model's {model.config.max_position_embeddings} "
-            "positions: shorten the rows"
-        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters; task {task.name}")
@@ -179,7 +173,8 @@ def main():
                     evaluation, _ = validate()
                 metrics_log.write({"step": step, "epoch": epochs} | evaluation)
                 bar.note(f"step {step:,}: " + shown(evaluation))
-            if due(step - 1, step, args.checkpointing_steps) or signal or done:
+            save_every = {"steps": args.checkpointing_steps, "epoch": batches.steps_per_epoch}.get(args.save_strategy)
+            if due(step - 1, step, save_every) or signal or (done and args.save_strategy != "no"):
                 save_state()
             if done or signal:
                 break
@@ -213,7 +208,11 @@ def main():
         if accelerator.is_main_process:
             for suffix, examples in splits.validation.items():
                 path = output_dir / f"eval_predictions{suffix}.tsv"
-                write_predictions(path, task, examples, outputs[suffix], validation[suffix].labels)
+                labels = validation[suffix].labels
+                write_predictions(path, task, examples, outputs[suffix], labels)
+                scores = shown(score(task, outputs[suffix], labels, suffix))
+                title = f"{task.name}{suffix}, {len(labels):,} examples"
+                write_eval_plot(output_dir / f"eval_plot{suffix}.png", task, outputs[suffix], labels, title, scores)
     for suffix, examples in splits.test.items():
         outputs = look(model, encode(examples))
         if accelerator.is_main_process:
@@ -224,6 +223,37 @@ def main():
         say(f"{task.name}: {shown(results) or 'done'}", f"results: {output_dir}", sep="\n")
     parallel.shut_down(accelerator)
     return 0
+
+
+def check(model_args, data_args, args):
+    """--check_arguments: everything that can fail before training does so here."""
+    parallel.check_launch(args.precision, "none")
+    if args.train_batch_size:
+        cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
+    if args.resume_from_checkpoint:
+        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    _, _, model, _ = load(model_args, data_args, args)
+    build_optimizer(model, args)
+    return 0
+
+
+def load(model_args, data_args, args):
+    """The task, its rows, and the model and tokenizer for it.
+
+    Returns:
+        (Task, Splits, model, tokenizer).
+    """
+    task, splits = read_splits(data_args, args, model_args.cache_dir)
+    set_seed(args.seed)  # of the head
+    model = build_classifier(model_args, task, trained_head=not args.do_train)
+    name = model_args.tokenizer_name or tokenizer_of(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(name, model_args.cache_dir, model_args.trust_remote_code)
+    if model.config.max_position_embeddings < data_args.max_seq_length:
+        raise UserError(
+            f"--max_seq_length {data_args.max_seq_length} is above the model's {model.config.max_position_embeddings} "
+            "positions: shorten the rows"
+        )
+    return task, splits, model, tokenizer
 
 
 def tokenizer_of(checkpoint):

@@ -11,7 +11,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
-from common.flags import at_least, between, flag_names, one_of, parse, positive
+from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
 from common.models.presets import MODEL_SIZES, model_shape
 from common.schedulers import CURVE_NAMES, check_curve
 
@@ -300,7 +300,7 @@ def parse_pretraining_arguments(argv=None):
     Raises:
         UserError: unknown flags, values out of range, contradictions; the message names the flags.
     """
-    argv, notes = _drop_replaced_flags(list(sys.argv[1:] if argv is None else argv))
+    argv, notes = drop_replaced(sys.argv[1:] if argv is None else argv, REPLACED_FLAGS)
     model, data, training = parse(GROUPS, argv)
     defaults = {}
     if training.parity is not None:
@@ -318,22 +318,6 @@ def parse_pretraining_arguments(argv=None):
 def frozen_flags():
     """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
     return flag_names(GROUPS)
-
-
-def _drop_replaced_flags(argv):
-    kept, notes = [], []
-    i = 0
-    while i < len(argv):
-        name, _, value = argv[i].partition("=")
-        i += 1
-        if name not in REPLACED_FLAGS:
-            kept.append(argv[i - 1])
-            continue
-        values, remedy = REPLACED_FLAGS[name]
-        if values and not value:
-            i += values
-        notes.append(f"note: {name} is ignored: {remedy}")
-    return kept, notes
 
 
 def _check_model(model, data, defaults):

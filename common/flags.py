@@ -46,6 +46,32 @@ def flag_names(dataclasses):
     return sorted(_options(_parser(dataclasses)))
 
 
+def drop_replaced(argv, replaced):
+    """Take away flags that other scripts have and this one does not need.
+
+    Args:
+        argv: words of a command line; replaced: {flag: (values, remedy)}: values is how many words follow it, or "?"
+            for one that may be absent; remedy says what does its job here.
+    Returns:
+        (the other words, notes): notes are lines to print, one for each such flag.
+    """
+    kept, notes = [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if name not in replaced:
+            kept.append(word)
+            continue
+        values, remedy = replaced[name]
+        if values == "?":
+            values = int(bool(words) and not words[0].startswith("-"))
+        if not equals:
+            del words[:values]
+        notes.append(f"note: {name} is ignored: {remedy}")
+    return kept, notes
+
+
 def one_of(name, value, choices, note=""):
     """Raise UserError unless the value of flag `name` is among `choices`, which the message lists."""
     if value not in choices:

@@ -1,13 +1,26 @@
 """The flags of run_glue.py, by Hugging Face's names. What can be judged from the flags alone is judged here."""
 
+import sys
 from dataclasses import dataclass, field
 
 from transformers.hf_argparser import HfArg
 
-from common.data.glue import TASKS, find_task
+from common.data.glue import DIAGNOSTIC, TASKS, find_task
 from common.errors import UserError
-from common.flags import at_least, between, one_of, parse, positive
+from common.flags import at_least, between, drop_replaced, one_of, parse, positive
 from common.schedulers import CURVE_NAMES, check_curve
+
+# Of Hugging Face's example and of ExtremeBERT's run_glue.sh.
+REPLACED_FLAGS = {
+    "--fp16_full_eval": ("?", "validation computes as training does"),
+    "--bf16_full_eval": ("?", "validation computes as training does"),
+    "--logging_strategy": (1, "--logging_steps says how often"),
+    "--disable_tqdm": ("?", "the bar is drawn on a terminal alone"),
+    "--finetune_checkpoint_at_end": ("?", "the model is always saved at the end"),
+    "--overwrite_cache": ("?", "encoded rows are not kept"),
+    "--use_fast_tokenizer": ("?", "there is no other"),
+    "--local_rank": (1, "accelerate launch --config_file accelerate_configs/ddp.yaml numbers the processes"),
+}
 
 
 @dataclass
@@ -28,8 +41,18 @@ class GlueModelArguments:
 class GlueDataArguments:
     """Which task, and where its files are."""
 
-    task_name: str | None = HfArg(default=None, help=f"One of {', '.join(TASKS)}.")
-    data_dir: str | None = HfArg(default=None, help="Folder of GLUE's TSV files: the root, or the task's own.")
+    task_name: str | None = HfArg(
+        default=None, help=f"One of {', '.join(TASKS)}; or ax, to predict the diagnostic set with a model of mnli."
+    )
+    data_dir: str | None = HfArg(
+        default=None, help="Folder of GLUE's TSV files: the root, or the task's own (default: GLUE from the hub)."
+    )
+    dataset_name: str | None = HfArg(
+        default=None, help="Dataset on the hub, or a folder of parquet files laid out as one, instead of files."
+    )
+    dataset_config_name: str | None = HfArg(
+        default=None, help="Its configuration (default: the task's name; none without --task_name)."
+    )
     train_file: str | None = HfArg(
         default=None, help="Training file instead; without --task_name a csv, tsv or jsonl with a column 'label'."
     )
@@ -41,6 +64,11 @@ class GlueDataArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Use only the first N validation rows.")
     max_predict_samples: int | None = HfArg(default=None, help="Use only the first N test rows.")
 
+    @property
+    def from_hub(self):
+        """Whether the rows come from the hub, or a folder laid out as one: no file of GLUE's or one's own is named."""
+        return not (self.data_dir or self.train_file or self.validation_file or self.test_file)
+
 
 @dataclass
 class GlueTrainingArguments:
@@ -48,6 +76,7 @@ class GlueTrainingArguments:
 
     output_dir: str | None = HfArg(default=None, help="Where everything is written.")
     overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
+    check_arguments: bool = HfArg(default=False, help="Check the arguments and read the data, train nothing.")
     do_train: bool = HfArg(default=False, help="Fine-tune.")
     do_eval: bool = HfArg(default=False, help="Score the validation split at the end.")
     do_predict: bool = HfArg(default=False, help="Write predictions for the test split.")
@@ -86,6 +115,9 @@ class GlueTrainingArguments:
     eval_steps: int | None = HfArg(default=None, help="Validate every N optimizer steps.")
     logging_steps: int = HfArg(default=10, help="Log every N optimizer steps.")
     checkpointing_steps: int | None = HfArg(default=None, aliases=["--save_steps"], help="Save every N steps.")
+    save_strategy: str = HfArg(
+        default="steps", help="steps (--checkpointing_steps, and at the end), epoch, or no checkpoint to resume from."
+    )
     save_total_limit: int = HfArg(default=2, help="Checkpoints kept; the oldest goes first.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint folder (step_N).")
     bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
@@ -106,19 +138,26 @@ def parse_glue_arguments(argv=None):
     Args:
         argv: list of words without the program's name; None = sys.argv[1:].
     Returns:
-        (GlueModelArguments, GlueDataArguments, GlueTrainingArguments).
+        (GlueModelArguments, GlueDataArguments, GlueTrainingArguments, notes): notes are lines to print.
     Raises:
         UserError: unknown flags, values out of range, contradictions; the message names the flags.
     """
+    argv, notes = drop_replaced(sys.argv[1:] if argv is None else argv, REPLACED_FLAGS)
     model, data, args = parse([GlueModelArguments, GlueDataArguments, GlueTrainingArguments], argv)
     if not model.model_name_or_path:
         raise UserError("--model_name_or_path is missing: give a folder that run_pretraining.py wrote, or a hub name")
     if data.task_name:
-        find_task(data.task_name)
-    elif not data.train_file:
+        task = find_task(data.task_name)
+        if task is DIAGNOSTIC and (args.do_train or args.do_eval):
+            raise UserError("--task_name ax has no labels: give --do_predict alone, and a model fine-tuned on mnli")
+    elif not (data.train_file or data.dataset_name):
         raise UserError(
             f"--task_name is missing: give one of {', '.join(TASKS)}, or --train_file for a task of your own"
         )
+    if data.dataset_name and not data.from_hub:
+        raise UserError("--dataset_name and files (--data_dir, --train_file, ...) contradict each other: give one")
+    if data.dataset_config_name and not data.dataset_name:
+        raise UserError("--dataset_config_name needs --dataset_name")
     if not args.output_dir:
         raise UserError("--output_dir is missing: name a folder for the results")
     if not (args.do_train or args.do_eval or args.do_predict):
@@ -146,10 +185,11 @@ def parse_glue_arguments(argv=None):
         between(args, name, 0, 1, upper_open=True)
     between(args, "warmup_ratio", 0, 1)
     between(args, "seed", 0, 2**32 - 1)
+    one_of("save_strategy", args.save_strategy, ["no", "steps", "epoch"])
     one_of("eval_strategy", args.eval_strategy, ["no", "steps", "epoch"])
     if args.eval_strategy == "steps" and not args.eval_steps:
         raise UserError("--eval_strategy steps needs --eval_steps: how often?")
     check_curve(args.lr_scheduler_type, {})
     if sum((args.bf16, args.fp16, args.fp32)) > 1:
         raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
-    return model, data, args
+    return model, data, args, notes

@@ -71,8 +71,7 @@ def write_curves(metrics: list[dict], path_png: Path, title: str, baseline_loss:
         title: heading of the figure.
         baseline_loss: drawn as a dashed line, if given.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed once, needs no display
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, needed once
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     train = [row for row in metrics if row.get("loss") is not None]
@@ -124,6 +123,13 @@ def write_curves(metrics: list[dict], path_png: Path, title: str, baseline_loss:
     for axis in (loss_axes[0], loss_axes[1], rate_axis) if metrics else ():
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    save_figure(figure, path_png)
+
+
+def save_figure(figure, path_png: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
 
     path_png = Path(path_png)
     temporary = path_png.with_name(path_png.name + ".tmp")

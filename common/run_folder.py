@@ -16,6 +16,7 @@ ARGUMENTS, RESULTS, METRICS, READINGS = "args.json", "all_results.json", "metric
 OWN_FILES = (ARGUMENTS, RESULTS, METRICS, READINGS, "curves.png", "README.md", "config.json", "model.safetensors")
 OWN_FILES += ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "tracker")
 OWN_PATTERNS = ("step_*", "marker_*", "model-*-of-*.safetensors", "model.safetensors.index.json")
+OWN_PATTERNS += ("eval_predictions*.tsv", "eval_plot*.png", "predict_results*.tsv")
 
 
 def make_run_folder():

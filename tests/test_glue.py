@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -15,6 +17,8 @@ from common.data.examples import GroupedBatches, encode_examples
 from common.data.glue import TASKS, read_task_file
 from common.metrics import GlueMetric
 from common.report import read_metrics
+from glue_hub import hub_folder
+from harness import REPOSITORY
 from pretraining import fp32_copy, results, small_run, wait_for_step, weights
 
 SCRIPT = "run_glue.py"
@@ -57,6 +61,10 @@ def table(path):
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
 def log(out):
     rows = read_metrics(out / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
@@ -78,6 +86,8 @@ def test_results_predictions_and_checkpoint(whole, rte):
     right = [row["prediction"] == row["label"] for row in predicted]
     assert found["eval_accuracy"] == pytest.approx(np.mean(right), abs=1e-9)
     assert found["eval_loss"] == pytest.approx(np.mean([float(row["loss"]) for row in predicted]), abs=1e-5)
+    with Image.open(whole / "eval_plot.png") as image:
+        assert image.size == (780, 660)
     assert [row["prediction"] in TASKS["rte"].labels for row in table(whole / "predict_results.tsv")] == [True] * 20
     # stock transformers, one example at a time, without padding
     model, info = AutoModelForSequenceClassification.from_pretrained(whole, output_loading_info=True)
@@ -202,16 +212,96 @@ def test_metrics_are_the_official_ones():
     assert flat == {"pearson": 0.0, "spearmanr": 0.0}
 
 
-def test_the_example_command_of_extremebert(harness, checkpoint, rte, tmp_path):
+# ExtremeBERT's README, "Example for finetuning on MRPC", whole
+EXTREMEBERT = """
+  --model_name_or_path {checkpoint} --task_name MRPC --max_seq_length 128 --output_dir {output}
+  --overwrite_output_dir --do_train --do_eval --evaluation_strategy steps --per_device_train_batch_size 32
+  --gradient_accumulation_steps 1 --per_device_eval_batch_size 32 --learning_rate 5e-5 --weight_decay 0.01
+  --eval_steps 50 --evaluation_strategy steps --max_grad_norm 1.0 --num_train_epochs 5
+  --lr_scheduler_type polynomial --warmup_steps 50
+"""
+# what its run_glue.sh gives besides
+EXTREMEBERT_SHELL = """
+  --do_predict --logging_strategy steps --evaluation_strategy no --save_strategy no --warmup_ratio 0.06
+  --disable_tqdm True --finetune_checkpoint_at_end True --fp16_full_eval True --num_train_epochs 1
+"""
+
+
+def test_the_example_command_of_extremebert(harness, checkpoint, tmp_path):
+    """Word for word, where a folder has the name and the layout of the hub's repository."""
+    hub_folder(tmp_path / "nyu-mll" / "glue", rows=340)
     out = tmp_path / "run"
-    words = f"""
-      --model_name_or_path {checkpoint} --task_name RTE --data_dir {rte} --max_seq_length 128 --output_dir {out}
-      --overwrite_output_dir --do_train --do_eval --evaluation_strategy steps --per_device_train_batch_size 32
-      --gradient_accumulation_steps 1 --per_device_eval_batch_size 32 --learning_rate 5e-5 --weight_decay 0.01
-      --eval_steps 4 --max_grad_norm 1.0 --num_train_epochs 2 --lr_scheduler_type polynomial --warmup_steps 5
-    """
-    done = harness.run(SCRIPT, *words.split()).check()
-    assert "step 4: eval_accuracy" in done.stdout and results(out)["train_steps"] == 10
+    words = EXTREMEBERT.format(checkpoint=checkpoint, output=out).split()
+    done = harness.run(REPOSITORY / SCRIPT, *words, cwd=tmp_path).check()
+    found = results(out)
+    assert "step 50: eval_f1" in done.stdout and found["train_steps"] == 5 * 11 and found["eval_samples"] == 340
+    rates = {row["step"]: row["learning_rate"] for row in log(out) if "learning_rate" in row}
+    assert rates[50] == pytest.approx(5e-5 * 49 / 50) and rates[55] == pytest.approx(5e-5 / 5)  # down a line, to 0
+    words += EXTREMEBERT_SHELL.split()
+    done = harness.run(REPOSITORY / SCRIPT, *words, cwd=tmp_path).check()
+    notes = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert notes == ["--logging_strategy", "--disable_tqdm", "--finetune_checkpoint_at_end", "--fp16_full_eval"]
+    assert results(out)["train_steps"] == 11 and not list(out.glob("step_*"))
+    assert len(table(out / "predict_results.tsv")) == 340
+
+
+def test_the_diagnostic_set_with_a_model_of_mnli(harness, checkpoint, tmp_path):
+    hub = hub_folder(tmp_path / "hub", rows=6)
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    flags = ["--dataset_name", hub, "--max_seq_length", 32, "--do_predict", "--fp32"]
+    training = ["--do_train", "--do_eval", "--num_train_epochs", 1, "--output_dir", out]
+    harness.run(SCRIPT, "--model_name_or_path", checkpoint, "--task_name", "mnli", *flags, *training).check()
+    assert {"eval_accuracy", "eval_accuracy_mm"} < results(out).keys() and (out / "eval_plot_mm.png").exists()
+    predicted = {suffix: table(out / f"predict_results{suffix}.tsv") for suffix in ("", "_mm", "_ax")}
+    assert all([row["index"] for row in rows] == [str(n) for n in range(10, 16)] for rows in predicted.values())
+    words = ["--task_name", "ax", *flags, "--output_dir", alone]
+    harness.run(SCRIPT, "--model_name_or_path", out, *words).check()
+    assert table(alone / "predict_results.tsv") == predicted["_ax"] and results(alone)["task"] == "ax"
+    done = harness.run(SCRIPT, "--model_name_or_path", checkpoint, *words, "--overwrite_output_dir").check(2)
+    assert "has no head for ax" in done.stderr and "fine-tune it with --do_train" in done.stderr
+
+
+def test_without_training_the_head_must_be_the_tasks(harness, whole, rte, tmp_path):
+    words = ["--data_dir", rte, "--do_eval", "--output_dir", tmp_path / "run", "--fp32"]
+    config = json.loads((whole / "config.json").read_text())
+    for name, classes in (("same", ["entailment", "not_entailment"]), ("other", ["not_entailment", "entailment"])):
+        copy = shutil.copytree(whole, tmp_path / name)
+        changed = config | {"id2label": dict(enumerate(classes)), "label2id": dict(zip(classes, (0, 1), strict=True))}
+        (copy / "config.json").write_text(json.dumps(changed))
+    harness.run(SCRIPT, "--model_name_or_path", tmp_path / "same", "--task_name", "rte", *words).check()
+    assert results(tmp_path / "run")["eval_accuracy"] == results(whole)["eval_accuracy"]
+    words = ["--model_name_or_path", tmp_path / "other", "--task_name", "rte", *words, "--overwrite_output_dir"]
+    done = harness.run(SCRIPT, *words).check(2)
+    assert "its head decides between not_entailment, entailment, rte between entailment, not_ent" in done.stderr
+
+
+def test_check_arguments_reads_everything_and_writes_nothing(harness, checkpoint, rte, tmp_path):
+    out = tmp_path / "run"
+    words = [*command(checkpoint, rte, out), "--check_arguments"]
+    harness.run(*words).check()
+    for flags, message in (
+        (["--max_seq_length", 1000], "above the model's 512 positions"),
+        (["--train_batch_size", 32, "--per_device_train_batch_size", 5], "--train_batch_size 32"),
+        (["--resume_from_checkpoint", "absent"], "--resume_from_checkpoint absent does not exist"),
+        (["--optimizer_type", "nothing"], "--optimizer_type nothing"),
+        (["--validation_file", "absent.tsv"], "absent.tsv: No such file"),
+    ):
+        done = harness.run(*words, *flags).check(2)
+        assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not out.exists()
+    env = {"WORLD_SIZE": "3"}  # as the shell scripts announce processes that are yet to be started
+    done = harness.run(*words, "--train_batch_size", 32, env=env).check(2)
+    assert "--train_batch_size 32" in done.stderr
+
+
+def test_checkpoints_to_resume_from_are_saved_when_asked(harness, checkpoint, rte, tmp_path):
+    kept = {}
+    for strategy in ("no", "epoch", "steps"):
+        out = tmp_path / strategy
+        flags = ["--save_strategy", strategy, "--save_steps", 2, "--per_device_train_batch_size", 50]
+        harness.run(*command(checkpoint, rte, out, *flags, "--save_total_limit", 9)).check()
+        kept[strategy] = sorted(int(path.name.partition("_")[2]) for path in out.glob("step_*"))
+    assert kept == {"no": [], "epoch": [3, 6, 9], "steps": [2, 4, 6, 8, 9]}
 
 
 def test_a_checkpoint_in_training(harness, checkpoint, rte, tmp_path):
@@ -233,8 +323,18 @@ def test_a_checkpoint_in_training(harness, checkpoint, rte, tmp_path):
         ("--train_file absent.tsv", "absent.tsv: No such file"),
         ("--model_name_or_path absent_folder", "--model_name_or_path absent_folder"),
         ("--lernrate 3", "unknown argument --lernrate"),
+        ("--train_file {rte}/test.tsv", "test.tsv: has no column 'label' (it has index, sentence1, sentence2)"),
+        ("--validation_file {rte}/other.tsv", "other.tsv, line 3: label 'perhaps' is none of entailment, not_ent"),
+        (
+            "--task_name stsb --train_file {rte}/scores.tsv",
+            "scores.tsv, line 2: score '5.5' is not a number in [0, 5]",
+        ),
+        ("--task_name qnli", "train.tsv: has no column 'question'"),
+        ("--save_strategy often", "--save_strategy often is unknown: choose one of no, steps, epoch"),
     ],
 )
 def test_bad_input_ends_in_one_line(harness, checkpoint, rte, tmp_path, flags, message):
-    done = harness.run(*command(checkpoint, rte, tmp_path / "run"), *flags.split()).check(2)
+    write(rte / "other.tsv", "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailment", "1\ta\tb\tperhaps")
+    write(rte / "scores.tsv", "index\tsentence1\tsentence2\tscore", "0\ta\tb\t5.5")
+    done = harness.run(*command(checkpoint, rte, tmp_path / "run"), *flags.format(rte=rte).split()).check(2)
     assert message in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()

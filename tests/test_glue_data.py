@@ -1,14 +1,20 @@
 """GLUE's files, tables of one's own, and the batches made of them."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from common.data.examples import EncodedExamples, GroupedBatches, prediction_batches
-from common.data.glue import TASKS, find_task, own_task, read_table, read_task_file, table_examples, task_folder
+from common.data.glue import (
+    TASKS,
+    Example,
+    find_task,
+    own_task,
+    read_table,
+    read_task_file,
+    table_examples,
+    task_folder,
+)
 from common.data.glue_splits import read_splits
 from common.errors import UserError
 from common.glue_arguments import parse_glue_arguments
@@ -50,9 +56,11 @@ def test_microsofts_mrpc(tmp_path):
         lines = ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r", "1\t7\t8\tA b.\tC d.\r"]
         write(tmp_path / f"msr_paraphrase_{name}.txt", *lines)
     words = f"--model_name_or_path x --task_name MRPC --data_dir {tmp_path} --output_dir y --do_train --do_eval"
-    _, data_args, args = parse_glue_arguments(words.split())
+    _, data_args, args, _ = parse_glue_arguments(words.split())
     _, splits = read_splits(data_args, args)
     assert splits.train[0].texts == ("A b.", "C d.") and splits.validation[""][0].label == 1 and not splits.test
+    (example,) = predicted(tmp_path, "mrpc")[""]  # GLUE's test split is Microsoft's, and numbers its rows
+    assert example == Example("0", ("A b.", "C d."), None)
 
 
 def test_cola_has_no_header_where_it_has_labels(tmp_path):
@@ -109,6 +117,7 @@ def test_tables_of_ones_own(tmp_path):
     for text, message in (
         ("text,label\na\n", "line 2"),
         ("text\na\n", "no column 'label'"),
+        ("text,label\na,x\nb,\n", "row 2: has no label; what has none can only be predicted"),
         ("label\n1\n", "no column"),
     ):
         path = tmp_path / "b.csv"
@@ -183,24 +192,36 @@ def test_validation_of_mnli_has_two_parts(tmp_path):
     header = "index\tsentence1\tsentence2\tgold_label"
     for name in ("train", "dev_matched", "dev_mismatched"):
         write(tmp_path / f"{name}.tsv", header, f"0\t{name}\tb\tneutral")
-    data_args = SimpleNamespace(
-        task_name="mnli",
-        data_dir=str(tmp_path),
-        train_file=None,
-        validation_file=None,
-        test_file=None,
-        max_train_samples=None,
-        max_eval_samples=None,
-        max_predict_samples=None,
-    )
-    args = SimpleNamespace(do_train=False, do_eval=True, do_predict=False, eval_strategy="no")
+    words = f"--model_name_or_path x --output_dir y --task_name mnli --data_dir {tmp_path}".split()
+    _, data_args, args, _ = parse_glue_arguments([*words, "--do_eval"])
     task, splits = read_splits(data_args, args)
     assert {suffix: examples[0].texts[0] for suffix, examples in splits.validation.items()} == {
         "": "dev_matched",
         "_mm": "dev_mismatched",
     }
     assert splits.train is None and task.num_labels == 3
-    args.do_predict = True
+    _, data_args, args, _ = parse_glue_arguments([*words, "--do_predict"])
     with pytest.raises(UserError, match="test_matched.tsv: No such file"):
         read_splits(data_args, args)
-    assert Path(tmp_path / "train.tsv").exists()
+
+
+@pytest.mark.parametrize("place", ["AX/AX.tsv", "diagnostic/diagnostic.tsv", "ax/AX.tsv"])
+def test_the_diagnostic_set_is_predicted_with_mnli_where_it_is_there(tmp_path, place):
+    for path, text in ((f"MNLI/test_{part}.tsv", part) for part in ("matched", "mismatched")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write(tmp_path / path, "index\tsentence1\tsentence2", f"0\t{text}\tb")
+    for data_dir in (tmp_path, tmp_path / "MNLI"):
+        assert set(predicted(data_dir)) == {"", "_mm"}
+    (tmp_path / place).parent.mkdir()
+    write(tmp_path / place, "index\tsentence1\tsentence2", "0\tdiagnostic\tb", "1\tdiagnostic\tb")
+    for data_dir in (tmp_path, tmp_path / "MNLI"):
+        test = predicted(data_dir)
+        assert [test[suffix][0].texts[0] for suffix in ("", "_mm", "_ax")] == ["matched", "mismatched", "diagnostic"]
+    for data_dir in (tmp_path, (tmp_path / place).parent):
+        assert [example.index for example in predicted(data_dir, "ax")[""]] == ["0", "1"]
+
+
+def predicted(data_dir, task="mnli"):
+    words = f"--model_name_or_path x --output_dir y --task_name {task} --data_dir {data_dir} --do_predict".split()
+    _, data_args, args, _ = parse_glue_arguments(words)
+    return read_splits(data_args, args)[1].test

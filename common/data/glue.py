@@ -15,7 +15,7 @@ NLI = ("entailment", "neutral", "contradiction")
 PAIR_NLI = ("entailment", "not_entailment")
 ZERO_ONE = ("0", "1")
 SENTENCES = ("sentence1", "sentence2")
-MATCHED, MISMATCHED = "", "_mm"  # behind the names of metrics
+MATCHED, MISMATCHED, AX = "", "_mm", "_ax"  # behind the names of metrics and of files
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,15 @@ TASKS = {
         Task("wnli", "WNLI", SENTENCES, "label", ZERO_ONE, ("accuracy",)),
     )
 }
+# GLUE's diagnostic set, which has no labels: answered by a model of MNLI.
+DIAGNOSTIC = Task("ax", "AX", SENTENCES, "label", NLI, (), (), ((MATCHED, "AX.tsv"),))
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its training and validation files have no header
-MICROSOFT = {"train.tsv": "msr_paraphrase_train.txt", "dev.tsv": "msr_paraphrase_test.txt"}
+# GLUE's development split is a part of Microsoft's training split, and Microsoft's test split is GLUE's.
+MICROSOFT = {
+    "train.tsv": "msr_paraphrase_train.txt",
+    "dev.tsv": "msr_paraphrase_test.txt",
+    "test.tsv": "msr_paraphrase_test.txt",
+}
 
 
 def find_task(name):
@@ -86,9 +93,10 @@ def find_task(name):
     Raises:
         UserError: no such task.
     """
-    if name.lower() not in TASKS:
-        raise UserError(f"--task_name {name} is unknown: choose one of {', '.join(TASKS)}")
-    return TASKS[name.lower()]
+    known = TASKS | {DIAGNOSTIC.name: DIAGNOSTIC}
+    if name.lower() not in known:
+        raise UserError(f"--task_name {name} is unknown: choose one of {', '.join(known)}")
+    return known[name.lower()]
 
 
 def task_folder(task, data_dir):
@@ -102,6 +110,13 @@ def task_folder(task, data_dir):
         raise UserError(f"--data_dir {root}: no such folder; give the GLUE root, or the task's own folder")
     below = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     return below.get(task.folder.lower(), root)
+
+
+def diagnostic_file(folder):
+    """GLUE's diagnostic set in a folder, or in the AX or diagnostic folder below it; None where there is none."""
+    below = [path for path in sorted(folder.iterdir()) if path.name.lower() in ("ax", "diagnostic") and path.is_dir()]
+    places = (place / name for place in (folder, *below) for name in ("AX.tsv", "diagnostic.tsv"))
+    return next((path for path in places if path.exists()), None)
 
 
 def read_task_file(task, path, labelled):
@@ -184,7 +199,8 @@ def read_table(path):
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
-                rows += [{name: str(value) for name, value in row.items()}] if row else []
+                row = {name: "" if value is None else str(value) for name, value in row.items()}
+                rows += [row] if row else []
             except (ValueError, AttributeError) as error:
                 raise UserError(f"{path}, line {number}: not a JSON object; correct the file") from error
     else:
@@ -217,6 +233,9 @@ def own_task(rows, where, is_regression=None):
     if not columns:
         raise UserError(f"{where}: has no column of text beside 'label'; give sentence1 and, for pairs, sentence2")
     values = {row["label"] for row in rows}
+    if "" in values:
+        number = next(number for number, row in enumerate(rows, start=1) if not row["label"])
+        raise UserError(f"{where}, row {number}: has no label; what has none can only be predicted (--test_file)")
     if is_regression is None:
         is_regression = all(_is_number(value) for value in values) and any("." in value for value in values)
     if is_regression:

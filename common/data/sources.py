@@ -3,13 +3,13 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from common.data.documents import BadRecords, checked_text, expand_files, missing_column, read_documents
 from common.data.embedded import embedded_documents, embedded_fingerprint
+from common.data.hub import load_dataset, reading
 from common.errors import UserError
 
 HEAD_DOCUMENTS = 1000  # documents looked at to make sure that both parts get one
@@ -76,13 +76,14 @@ def _file_source(data_args) -> Source:
 
 def _hub_source(data_args) -> Source:
     name, config, column = data_args.dataset_name, data_args.dataset_config_name, data_args.text_column
+    remedy = "check name, --dataset_config_name and network, or give a local copy with --train_file"
 
     def rows(dataset) -> Callable[[BadRecords], Iterator[str]]:
         if dataset.column_names and column not in dataset.column_names:
             raise UserError(f"--dataset_name {name}: {missing_column(column, dataset.column_names)}")
 
         def read(bad_records):
-            with _reaching(name):
+            with reading(f"--dataset_name {name}", remedy):
                 for number, row in enumerate(dataset, start=1):
                     if column not in row:
                         raise UserError(f"--dataset_name {name}: {missing_column(column, row)}")
@@ -93,11 +94,8 @@ def _hub_source(data_args) -> Source:
         return read
 
     def open_source():
-        import datasets
-
-        cache_dir = str(data_args.cache_dir) if data_args.cache_dir else None
-        with _reaching(name):
-            loaded = datasets.load_dataset(name, config, streaming=data_args.streaming, cache_dir=cache_dir)
+        with reading(f"--dataset_name {name}", remedy):
+            loaded = load_dataset(name, config, data_args.cache_dir, data_args.streaming)
         if "train" not in loaded:
             raise UserError(f"--dataset_name {name}: no split named train (there are: {', '.join(loaded)})")
         return rows(loaded["train"]), rows(loaded["validation"]) if "validation" in loaded else None
@@ -105,21 +103,6 @@ def _hub_source(data_args) -> Source:
     local = _file_identities(expand_files(name)) if Path(name).exists() else None
     said = f"{name} ({config})" if config else name
     return Source(said, _slug(name.rstrip("/").rpartition("/")[2]), [name, config, local], open_source)
-
-
-@contextmanager
-def _reaching(name: str):
-    """Turn what the datasets library raises into one line."""
-    import datasets
-
-    try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"--dataset_name {name}: cannot be read ({reason}); check name, --dataset_config_name and network, or "
-            "give a local copy with --train_file"
-        ) from error
 
 
 def _slug(name: str) -> str:

@@ -47,12 +47,13 @@ class WeightedExamplesMixin:
         return ClassifierOutput(loss=(losses * weights).sum() / total, logits=logits, losses=losses)
 
 
-def build_classifier(args, task, attention="sdpa"):
+def build_classifier(args, task, attention="sdpa", trained_head=False):
     """Load a checkpoint's encoder and put a head for a task on it; with random weights where that is asked for.
 
     Args:
         args: model_name_or_path, random_weights, cache_dir, trust_remote_code, ignore_mismatched_sizes.
         task: common.data.glue.Task.
+        trained_head: refuse a checkpoint that does not bring the task's head.
     Returns:
         a stock transformers model whose forward is WeightedExamplesMixin's.
     Raises:
@@ -77,7 +78,7 @@ def build_classifier(args, task, attention="sdpa"):
                 output_loading_info=True,
                 **common,
             )
-            missing = info["missing_keys"]
+            missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fault = str(error).strip().partition("\n")[0]
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
@@ -85,6 +86,22 @@ def build_classifier(args, task, attention="sdpa"):
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
         raise UserError(f"{where} lacks {lost[0]} ({len(lost)} parts of the encoder): is it the whole checkpoint?")
+    if trained_head and missing:
+        raise UserError(f"{where} has no head for {task.name} ({sorted(missing)[0]}): fine-tune it with --do_train")
+    if trained_head and task.labels:
+        own = AutoConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **common).id2label
+        _refuse_other_classes(where, task, [own[number].lower() for number in sorted(own)])
     stock = type(model)
     model.__class__ = type(stock.__name__, (WeightedExamplesMixin, stock), {"__module__": __name__})
     return model
+
+
+def _refuse_other_classes(where, task, classes):
+    """Raise UserError where a head's classes are named, and are others than the task's or in another order."""
+    generic = [f"label_{number}" for number in range(len(classes))]
+    numbers = [str(number) for number in range(len(classes))]  # what the task calls them then says nothing
+    if classes != generic and list(task.labels) != numbers and classes != list(task.labels):
+        raise UserError(
+            f"{where}: its head decides between {', '.join(classes)}, {task.name} between {', '.join(task.labels)}, "
+            "in this order: fine-tune it with --do_train"
+        )

@@ -82,11 +82,27 @@ def make_rows(passages: Iterable[Passage]) -> list[tuple[str, str, int]]:
     return sorted(rows, key=lambda row: document_hash("\t".join(row[:2])))
 
 
+def follows_rows(documents: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str, int]]]:
+    """Training and validation rows of the task; no document has part in both.
+
+    Validation rows come from the documents that run_pretraining.py holds out by default.
+
+    Args:
+        documents: (package, text).
+    Returns:
+        dict: "train" and "validation", as make_rows.
+    """
+    packages, texts = zip(*documents, strict=True)
+    seen, passages = set(), {"train": [], "validation": []}
+    held_out = split(texts, DataArguments.validation_split_percentage)
+    for package, (is_held_out, text) in zip(packages, held_out, strict=True):
+        if passage := find_passage(package, text, seen):
+            passages["validation" if is_held_out else "train"].append(passage)
+    return {name: make_rows(members) for name, members in passages.items()}
+
+
 def build_follows(cache: Path) -> Path:
     """Find the task in the cache, or build it there: a few seconds.
-
-    Its validation rows come from the documents that run_pretraining.py holds out by default, its training rows from
-    the others.
 
     Args:
         cache: folder for prepared data.
@@ -97,19 +113,13 @@ def build_follows(cache: Path) -> Path:
     folder = cache / f"follows-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     if folder.exists():
         return folder
-    packages, documents = zip(*documents_of_packages(), strict=True)
-    seen, passages = set(), {"train": [], "validation": []}
-    held_out = split(documents, DataArguments.validation_split_percentage)
-    for package, (is_held_out, document) in zip(packages, held_out, strict=True):
-        if passage := find_passage(package, document, seen):
-            passages["validation" if is_held_out else "train"].append(passage)
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".follows-", dir=cache))
     try:
-        for name, members in passages.items():
-            rows = enumerate(make_rows(members))
-            lines = ["index\tsentence1\tsentence2\tlabel", *(f"{n}\t{a}\t{b}\t{label}" for n, (a, b, label) in rows)]
-            (unfinished / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        for name, rows in follows_rows(documents_of_packages()).items():
+            lines = (f"{number}\t{first}\t{second}\t{label}\n" for number, (first, second, label) in enumerate(rows))
+            text = "".join(["index\tsentence1\tsentence2\tlabel\n", *lines])
+            (unfinished / f"{name}.tsv").write_text(text, encoding="utf-8")
         unfinished.chmod(0o755)
         if not folder.exists():  # another process may have been faster; it has written the same
             unfinished.rename(folder)

@@ -1,7 +1,7 @@
 """A sentence-pair task that is on every machine: does the second text follow the first in the same document?
 
-Both come from the embedded corpus. The wrong second text is taken from another document of the same package and has
-about the same length.
+The first text is the beginning of a sentence of the embedded corpus. The second is its end, or the end of a sentence
+of another document of the same package, of about the same length.
 
     python -m common.data.follows [--cache_dir runs/cache]      prints the folder with train.tsv and validation.tsv
 """
@@ -24,13 +24,12 @@ from common.errors import run_main
 
 VERSION = 1  # of what is built; a new one makes caches build again
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
-WORDS = range(6, 41)  # in a sentence
-SENTENCES = 2  # at most, on either side
+WORDS = range(12, 41)  # in a sentence that is used
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Two texts that stand next to each other in a document."""
+    """The two parts of a sentence."""
 
     package: str
     first: str
@@ -38,28 +37,27 @@ class Passage:
 
 
 def find_passage(package: str, document: str, seen: set[str]) -> Passage | None:
-    """Cut a document between two sentences, at a place that its hash decides.
+    """Choose a sentence of a document, and cut it somewhere in its middle third; its hash decides.
 
     Args:
-        package: where it comes from.
+        package: where the document comes from.
         document: its text.
-        seen: sentences of other passages, which are not used again; this one's are added.
+        seen: sentences of other passages, which are not used again; this one is added.
     Returns:
-        Passage, or None where no two neighbouring sentences can be used.
+        Passage, or None where no sentence can be used.
     """
-    sentences = SENTENCE_END.split(document)
-    usable = [text.endswith((".", "!", "?")) and len(text.split()) in WORDS and text not in seen for text in sentences]
-    places = [place for place in range(1, len(sentences)) if usable[place - 1] and usable[place]]
-    if not places:
+    sentences = [
+        text
+        for text in SENTENCE_END.split(document)
+        if text.endswith((".", "!", "?")) and len(text.split()) in WORDS and text not in seen
+    ]
+    if not sentences:
         return None
-    place = places[document_hash(document) % len(places)]
-    begin, end = place - 1, place + 1
-    while begin > 0 and place - begin < SENTENCES and usable[begin - 1]:
-        begin -= 1
-    while end < len(sentences) and end - place < SENTENCES and usable[end]:
-        end += 1
-    seen.update(sentences[begin:end])
-    return Passage(package, " ".join(sentences[begin:place]), " ".join(sentences[place:end]))
+    sentence = sentences[document_hash(document) % len(sentences)]
+    seen.add(sentence)
+    words = sentence.split()
+    place = len(words) // 3 + document_hash(sentence) % (len(words) // 3 + 1)
+    return Passage(package, " ".join(words[:place]), " ".join(words[place:]))
 
 
 def make_rows(passages: Iterable[Passage]) -> list[tuple[str, str, int]]:

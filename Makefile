@@ -25,6 +25,7 @@ test-all:
 bench: setup
 	$(PYTHON) -m benchmarks.bench_data
 	$(PYTHON) -m benchmarks.bench_pretraining
+	$(PYTHON) -m benchmarks.bench_glue
 	$(PYTHON) -m benchmarks.bench_time_to_loss
 
 setup:

@@ -9,8 +9,8 @@ python=${FRUGAL_VENV:-.venv}/bin/python
 [[ $python == /* ]] || python=$repo/$python
 launch_flags=()
 
-# Sets config, processes, precision and role: the YAML for a name in accelerate_configs/ or a path, or without one what
-# fits the machine.
+# Sets config, launcher, processes, precision and role: the YAML for a name in accelerate_configs/ or a path, or
+# without one what fits the machine.
 resolve_config() {
     local name=$1
     count_gpus
@@ -24,6 +24,7 @@ resolve_config() {
             "$(cd "$repo/accelerate_configs" && echo *.yaml | sed 's/\.yaml//g')" >&2
         exit 2
     fi
+    launcher=("$python" -m accelerate.commands.launch --config_file "$config")
     processes=$(yaml_value num_processes)
     [[ $processes =~ ^[1-9][0-9]*$ ]] || processes=1
     precision=$(yaml_value mixed_precision)
@@ -72,26 +73,45 @@ choose_threads() {
 
 # check_then_launch script.py arguments...   Bad input ends in the check, with exit code 2: the launcher would make it 1.
 check_then_launch() {
-    local script=$repo/$1 word
+    local script=$1 word
+    check "$@"
     shift
-    trap 'stop_check 143' TERM
-    trap 'stop_check 130' INT
-    WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
-        "$python" "$script" "$@" --check_arguments & # in the background, as bash hears signals only while it waits
-    wait "$!" || exit
-    trap - TERM INT
     for word in "$@"; do
         if [[ $word == --overwrite_cache || $word == --overwrite_cache=* ]]; then
             set -- "$@" --overwrite_cache false # the check has done it
             break
         fi
     done
-    exec "$python" -m accelerate.commands.launch --config_file "$config" ${launch_flags[@]+"${launch_flags[@]}"} \
-        "$script" "$@"
+    exec "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} "$repo/$script" "$@"
+}
+
+# check script.py arguments...   Ends this shell with the check's exit code if it fails.
+check() {
+    local script=$repo/$1
+    shift
+    WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
+        interruptible "$python" "$script" "$@" --check_arguments || exit
+}
+
+# launch script.py arguments...   As check_then_launch without the check, and this shell goes on after it.
+launch() {
+    local script=$repo/$1
+    shift
+    interruptible "${launcher[@]}" ${launch_flags[@]+"${launch_flags[@]}"} "$script" "$@"
+}
+
+# Runs a command such that a signal to this shell ends it too. In the background, as bash hears signals only while it
+# waits.
+interruptible() {
+    trap 'stop_jobs 143' TERM
+    trap 'stop_jobs 130' INT
+    "$@" &
+    wait "$!" || return
+    trap - TERM INT
 }
 
 # TERM for either signal: what bash starts in the background ignores INT.
-stop_check() {
+stop_jobs() {
     kill $(jobs -p) 2>/dev/null || true
     wait
     exit "$1"

@@ -45,11 +45,16 @@ def embedded_documents() -> Iterator[str]:
     The order is that of the paths inside the library folders, so it does not depend on where they lie. Of blocks
     (paragraphs, list items) that differ in names and numbers alone, the first is kept.
     """
+    return (document for _, document in documents_of_packages())
+
+
+def documents_of_packages() -> Iterator[tuple[str, str]]:
+    """Yield (package, document), as embedded_documents; the standard library is one package, "stdlib"."""
     seen = set()
-    for text in _raw_documents():
+    for package, text in _raw_documents():
         document = clean(text, seen)
         if document:
-            yield document
+            yield package, document
 
 
 def _roots() -> list[tuple[str, str]]:
@@ -58,13 +63,14 @@ def _roots() -> list[tuple[str, str]]:
     return sorted((name, folder) for folder, name in folders.items() if os.path.isdir(folder))
 
 
-def _raw_documents() -> Iterator[str]:
+def _raw_documents() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
-    yield from (text for _, text in sorted(topics.items()))
-    for _, folder in _roots():
+    yield from (("stdlib", text) for _, text in sorted(topics.items()))
+    for name, folder in _roots():
         for path in _python_files(folder):
-            yield from docstrings(path.read_text(encoding="utf-8", errors="ignore"))
+            package = name if name == "stdlib" else path.relative_to(folder).parts[0].removesuffix(".py")
+            yield from ((package, text) for text in docstrings(path.read_text(encoding="utf-8", errors="ignore")))
 
 
 def _python_files(root: str) -> Iterator[Path]:

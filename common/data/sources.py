@@ -145,7 +145,7 @@ def split(documents: Iterable[str], percentage: float) -> Iterator[tuple[bool, s
     head, hashes, characters = [], set(), 0
     for document in documents:
         head.append(document)
-        hashes.add(_hash(document))
+        hashes.add(document_hash(document))
         characters += len(document)
         if len(hashes) > 1 and (len(head) >= HEAD_DOCUMENTS or characters >= HEAD_CHARACTERS):
             break
@@ -155,7 +155,7 @@ def split(documents: Iterable[str], percentage: float) -> Iterator[tuple[bool, s
             "what ends a document with --document_separator"
         )
     limit = hold_out_limit(hashes, percentage) if hashes else 0
-    yield from ((_hash(document) <= limit, document) for document in chain(head, documents))
+    yield from ((document_hash(document) <= limit, document) for document in chain(head, documents))
 
 
 def hold_out_limit(hashes, percentage: float) -> int:
@@ -163,5 +163,6 @@ def hold_out_limit(hashes, percentage: float) -> int:
     return max(int(min(hashes)), min(int(percentage / 100 * 2**64), int(max(hashes)) - 1))
 
 
-def _hash(document: str) -> int:
+def document_hash(document: str) -> int:
+    """64 bits that a text decides."""
     return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")

@@ -1,6 +1,8 @@
 """Sequence classifiers: stock transformers classes whose loss weighs every example of the global batch the same.
 
-B rows, S positions, C classes (1 for a score).
+BERT's and Megatron-BERT's compute less than stock, with the same result: see common/models/layers.py.
+
+B rows, S positions, C classes (1 for a score), H hidden size.
 """
 
 from dataclasses import dataclass
@@ -8,10 +10,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    MegatronBertForSequenceClassification,
+)
 from transformers.utils import ModelOutput
 
 from common.errors import UserError
+from common.models.attention import compute_dtype
+from common.models.layers import make_fast, use_attention
+
+FAST = (BertForSequenceClassification, MegatronBertForSequenceClassification)
 
 
 @dataclass
@@ -36,7 +47,7 @@ class WeightedExamplesMixin:
         Returns:
             ClassifierOutput.
         """
-        logits = super().forward(**inputs).logits.float()
+        logits = self.class_logits(**inputs).float()
         if labels is None:
             return ClassifierOutput(logits=logits)
         if logits.shape[1] == 1:
@@ -46,8 +57,30 @@ class WeightedExamplesMixin:
         total = weights.sum() if loss_denominator is None else loss_denominator
         return ClassifierOutput(loss=(losses * weights).sum() / total, logits=logits, losses=losses)
 
+    def class_logits(self, **inputs):
+        """[B, C]: as the stock model computes them."""
+        return super().forward(**inputs).logits
 
-def build_classifier(args, task, attention="sdpa", trained_head=False):
+
+class FirstPositionMixin(WeightedExamplesMixin):
+    """Of the last layer, whose output the head reads at the first position, computes that position alone."""
+
+    def class_logits(self, input_ids, attention_mask, token_type_ids=None):
+        """[B, C]: the stock model's numbers; input_ids, attention_mask, token_type_ids [B, S] int64."""
+        encoder, dtype = self.base_model.encoder, compute_dtype(input_ids.device)
+        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
+        mask = mask.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)[:, None, None]  # added to the scores
+        hidden = self.base_model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)  # [B, S, H]
+        *layers, last = encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        hidden = last(hidden, mask, torch.zeros_like(input_ids[:, :1]))  # [B, 1, H]
+        if hasattr(encoder, "ln"):  # of the pre-norm family
+            hidden = encoder.ln(hidden)
+        return self.classifier(self.dropout(self.base_model.pooler(hidden)))
+
+
+def build_classifier(args, task, trained_head=False):
     """Load a checkpoint's encoder and put a head for a task on it; with random weights where that is asked for.
 
     Args:
@@ -92,7 +125,12 @@ def build_classifier(args, task, attention="sdpa", trained_head=False):
         own = AutoConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **common).id2label
         _refuse_other_classes(where, task, [own[number].lower() for number in sorted(own)])
     stock = type(model)
-    model.__class__ = type(stock.__name__, (WeightedExamplesMixin, stock), {"__module__": __name__})
+    mixin = WeightedExamplesMixin
+    if stock in FAST and not config.is_decoder:
+        mixin = FirstPositionMixin
+        make_fast(model)
+        use_attention(model, "sdpa")
+    model.__class__ = type(stock.__name__, (mixin, stock), {"__module__": __name__})
     return model
 
 

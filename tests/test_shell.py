@@ -34,12 +34,14 @@ def executable(path, text):
 class Shell:
     """A repository with a stub instead of Python, and a folder elsewhere where the user stands."""
 
+    script = "run_pretraining.sh"
+
     def __init__(self, folder):
         self.repository, self.here, self.bin = (folder / name for name in ("a repository", "a user", "bin"))
         self.log = folder / "log"
         for path in (self.repository / "scripts", self.here, self.bin, self.repository / ".venv" / "bin"):
             path.mkdir(parents=True)
-        for name in ("run_pretraining.sh", "launch_env.sh"):
+        for name in (self.script, "launch_env.sh"):
             shutil.copy(REPOSITORY / "scripts" / name, self.repository / "scripts")
         shutil.copytree(REPOSITORY / "accelerate_configs", self.repository / "accelerate_configs")
         executable(self.repository / "scripts" / "setup.sh", "exit 0\n")
@@ -57,7 +59,7 @@ class Shell:
         absent = dict.fromkeys(("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "FRUGAL_VENV"))
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
-            ["bash", "../a repository/scripts/run_pretraining.sh", *words],
+            ["bash", f"../a repository/scripts/{self.script}", *words],
             cwd=self.here,
             env=environment(**{**absent, "STUB_LOG": self.log, "PATH": path, **env}),
             stdout=subprocess.PIPE,

@@ -30,15 +30,20 @@ def parse(dataclasses, argv=None, **defaults):
     Raises:
         UserError: an unknown flag, a value of the wrong type.
     """
-    parser = _parser(dataclasses)
-    parser.set_defaults(**defaults)
-    argv = sys.argv[1:] if argv is None else argv
-    *found, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    *found, unknown = parse_known(dataclasses, argv, **defaults)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], _options(parser), n=1)
+        near = difflib.get_close_matches(unknown[0], flag_names(dataclasses), n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]}: {hint}")
     return tuple(found)
+
+
+def parse_known(dataclasses, argv=None, **defaults):
+    """As parse, with the words that belong to none of the flags as a list behind the objects, in their order."""
+    parser = _parser(dataclasses)
+    parser.set_defaults(**defaults)
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
 
 
 def flag_names(dataclasses):

@@ -82,6 +82,18 @@ def _read_files(data_args, wanted, cache_dir):
     return task, found
 
 
+def absent_files(data_args, splits):
+    """The files that some splits of a GLUE task would be read from and that are not there.
+
+    Args:
+        data_args: GlueDataArguments with task_name and data_dir; splits: of "train", "validation", "test".
+    Returns:
+        list of Path.
+    """
+    files = _task_files(find_task(data_args.task_name), data_args)
+    return [path for split in splits for path in files[split].values() if not path.exists()]
+
+
 def _task_files(task, data_args):
     if not data_args.data_dir:
         return {"train": {}, "validation": {}, "test": {}}

@@ -353,7 +353,7 @@ def test_a_failed_run_is_marked_the_others_go_on_and_it_is_tried_again(sweeps, g
     assert code == 0 and len(started) == 1 and not (blocked / "failure.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_sweep_under_the_real_launcher(harness, checkpoint, glue, tmp_path):
     """The run outlives the sweep; the next call waits for it instead of starting it twice."""
     out = tmp_path / "out"

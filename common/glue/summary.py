@@ -266,7 +266,7 @@ def format_table(title, summaries, results, absent):
         f"best median is shown; {RUNS_CSV} has every run.",
         HOW_JUDGED,
     ]
-    marked = [result for result in results if result.status != FINISHED]
+    marked = [result for result in results if result.status not in (FINISHED, NOT_RUN)]
     notes += ["\n".join(f"{result.run.name}: {_reason(result)}" for result in marked)] if marked else []
     text = [textwrap.fill(note, WIDTH) if "\n" not in note else note for note in notes]
     rule = "-" * max(map(len, lines))

@@ -432,7 +432,7 @@ def plan_sweep(args, words, say):
     seeds = read_seeds(args.seeds, PROTOCOLS[args.protocol].seeds)
     runs = plan_runs(args.protocol, tasks, seeds, args.learning_rates, args.train_batch_size, args.num_train_epochs)
     for run in {run.configuration: run for run in runs}.values():
-        model, _, _ = parse_glue_arguments(run_command(args, words, run, args.model_name_or_path, args.do_predict))
+        model, *_ = parse_glue_arguments(run_command(args, words, run, args.model_name_or_path, args.do_predict))
     refuse_no_checkpoint(model)
     if args.init_from_mnli:  # the runs that others wait for come first
         runs.sort(key=lambda run: run.task != "mnli")

@@ -22,7 +22,7 @@ from common.data.prepare import DEFAULT_CACHE_DIR
 from common.data.sources import document_hash, split
 from common.errors import run_main
 
-VERSION = 1  # of what is built; a new one makes caches build again
+VERSION = 2  # of what is built; a new one makes caches build again
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 WORDS = range(12, 41)  # in a sentence that is used
 
@@ -42,7 +42,7 @@ def find_passage(package: str, document: str, seen: set[str]) -> Passage | None:
     Args:
         package: where the document comes from.
         document: its text.
-        seen: sentences of other passages, which are not used again; this one is added.
+        seen: sentences of other passages, and their parts, which are not used again; this one's are added.
     Returns:
         Passage, or None where no sentence can be used.
     """
@@ -54,10 +54,13 @@ def find_passage(package: str, document: str, seen: set[str]) -> Passage | None:
     if not sentences:
         return None
     sentence = sentences[document_hash(document) % len(sentences)]
-    seen.add(sentence)
     words = sentence.split()
     place = len(words) // 3 + document_hash(sentence) % (len(words) // 3 + 1)
-    return Passage(package, " ".join(words[:place]), " ".join(words[place:]))
+    passage = Passage(package, " ".join(words[:place]), " ".join(words[place:]))
+    if passage.first in seen or passage.second in seen:
+        return None
+    seen |= {sentence, passage.first, passage.second}
+    return passage
 
 
 def make_rows(passages: Iterable[Passage]) -> list[tuple[str, str, int]]:

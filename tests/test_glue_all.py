@@ -273,7 +273,7 @@ def whole(sweeps, tmp_path_factory):
 @pytest.mark.slow
 def test_a_sweep(whole):
     out, _, (code, said, started) = whole
-    assert code == 0 and len(started) == 8
+    assert code == 0 and len(started) == 8 and f"with --max_train_steps {STEPS} --fp32" in said
     assert "left out: cola, sst2, mrpc, stsb, qqp, qnli, wnli" in said and "not predicted: mnli" in said
     for task in ("mnli", "rte"):
         for seed in (7, 8):

@@ -409,7 +409,8 @@ def write_picture(path, title, summaries):
     axis.set_xlim(-0.6, len(summaries) - 0.4)
     axis.set_ylabel("score x 100 (mean of the task's metrics)")
     figure.suptitle("\n".join(textwrap.wrap(title, 80)), fontsize=11, fontweight="bold")
-    axis.set_title("\n".join(textwrap.wrap(average_line(summaries), 90)), fontsize=9)
+    columns = 12 * len(summaries) + 20  # that fit above the axes
+    axis.set_title("\n".join(textwrap.wrap(average_line(summaries), columns)), fontsize=9)
     axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_axisbelow(True)

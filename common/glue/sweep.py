@@ -473,6 +473,7 @@ def sweep(argv=None, start=start_process, say=None, stop=None):
     results = work.results()
     title = f"GLUE of {args.model_name_or_path}, protocol {args.protocol}"
     title += ", RTE, MRPC and STS-B from MNLI" if args.init_from_mnli else ""
+    title += f", with {shlex.join(words)}" if words else ""  # they may overrule the protocol
     _, text = write_summary(out, title, results, work.constants, absent)
     say(f"\n{text}\n{out}: summary.txt, summary.csv, summary.png, runs.csv, selected.json")
     if stop.requested:

@@ -244,7 +244,7 @@ class Sweeps:
     def __init__(self, harness, checkpoint, glue):
         self.harness, self.base = harness, ["--model_name_or_path", checkpoint, "--data_dir", glue]
 
-    def __call__(self, out, *flags, stop=None):
+    def __call__(self, out, *flags, stop=None, steps=STEPS):
         """Returns: (exit code, what was said, the words of each run that was started)."""
         said, started = [], []
 
@@ -252,7 +252,7 @@ class Sweeps:
             started.append(words)
             return Forked(self.harness.start(SCRIPT, *words))
 
-        words = [*self.base, "--output_dir", out, *flags, "--max_train_steps", STEPS, "--fp32", "--logging_steps", 1]
+        words = [*self.base, "--output_dir", out, *flags, "--max_train_steps", steps, "--fp32", "--logging_steps", 1]
         code = sweep([str(word) for word in words], start=start, say=said.append, stop=stop or Stop())
         return code, "\n".join(said), started
 
@@ -328,12 +328,12 @@ def test_a_second_call_runs_only_what_is_missing(sweeps, whole):
 @pytest.mark.slow
 def test_a_stopped_sweep_continues_where_it_was(sweeps, tmp_path):
     flags = ["--tasks", "rte", "--seeds", "2", "--learning_rates", "1e-3"]
-    code, said, _ = sweeps(tmp_path / "a", *flags, stop=Stop(tmp_path / "a", 2))
+    code, said, _ = sweeps(tmp_path / "a", *flags, stop=Stop(tmp_path / "a", 2), steps=100)
     first = tmp_path / "a" / "rte" / "lr0.001-seed1"
     assert code == 143 and "the same command continues" in said and not (first / "all_results.json").exists()
-    code, said, started = sweeps(tmp_path / "a", *flags)
+    code, said, started = sweeps(tmp_path / "a", *flags, steps=100)
     assert code == 0 and len(started) == 2
-    assert sweeps(tmp_path / "b", *flags)[0] == 0
+    assert sweeps(tmp_path / "b", *flags, steps=100)[0] == 0
     for seed in (1, 2):
         mine, theirs = (weights(tmp_path / name / "rte" / f"lr0.001-seed{seed}") for name in "ab")
         assert all(mine[name].equal(theirs[name]) for name in theirs)
@@ -360,7 +360,7 @@ def test_a_killed_sweep_under_the_real_launcher(harness, checkpoint, glue, tmp_p
     words = [sys.executable, "-m", "common.glue.sweep", "--model_name_or_path", checkpoint, "--data_dir", glue]
     words += ["--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "no", "--tasks", "rte"]
     words += ["--output_dir", out, "--seeds", 1, "--learning_rates", "1e-3,1e20", "--logging_steps", 1]
-    words += ["--num_train_epochs", 40]
+    words += ["--num_train_epochs", 150]
     run = out / "rte" / "lr0.001-seed1"
     process = harness.start_command(*words)
     wait_for_step(process, run, 3)

@@ -192,10 +192,10 @@ def maps(text):
 def stream(text, packing="documents"):
     """Micro-batches as the training loop's prefetching thread makes them; padding does not count."""
     from common.data.batches import Masking, TrainBatches
-    from common.data.packing import build_rows
+    from common.data.packing import Frame, build_rows
 
     corpus = prepare(text, CACHE)
-    rows = build_rows(corpus.train, corpus.tokenizer, LENGTH, packing, corpus.rows_folder / "train")
+    rows = build_rows(corpus.train, Frame.for_masked(corpus.tokenizer), LENGTH, packing, corpus.rows_folder / "train")
     masking = Masking.for_tokenizer(corpus.tokenizer, 0.15)
     batches = TrainBatches(rows, masking, 0, BATCH, 1, 0, 1, device=None).micro_batches()
     next(batches)

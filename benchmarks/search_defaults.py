@@ -25,7 +25,7 @@ from benchmarks import example_epoch
 from common import parallel
 from common.arguments import parse_pretraining_arguments
 from common.data.batches import Masking, TrainBatches
-from common.data.packing import build_rows
+from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
@@ -56,7 +56,8 @@ def train(flags, tokens):
     model_args, data_args, args, _ = parse("--max_train_steps", str(steps))
     corpus = prepare_corpus(data_args, lambda *_: None)
     folder = corpus.rows_folder / "train"
-    rows = build_rows(corpus.train, corpus.tokenizer, data_args.max_seq_length, data_args.packing, folder)
+    frame = Frame.for_masked(corpus.tokenizer)
+    rows = build_rows(corpus.train, frame, data_args.max_seq_length, data_args.packing, folder)
     masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
     set_seed(args.seed)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer).train()

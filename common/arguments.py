@@ -1,4 +1,4 @@
-"""The flags of run_pretraining.py: Hugging Face's names first, ExtremeBERT's as aliases on the same field.
+"""Flags of run_pretraining.py and, of text and training, run_clm.py: Hugging Face's names first, others as aliases.
 
 Everything that can be judged from the flags alone is judged here, so that a bad command ends in one line before
 anything is loaded. The dataclasses are read-only after parsing.
@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
+from common.limits import WARM_UP_STEPS
 from common.models.presets import MODEL_SIZES, model_shape
 from common.schedulers import CURVE_NAMES, check_curve
 
@@ -108,8 +109,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Where the text comes from and how it becomes rows."""
+class TextArguments:
+    """Where the text comes from."""
 
     dataset_name: str | None = HfArg(default=None, help="Dataset on the hub, or a local dataset folder.")
     dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
@@ -139,6 +140,12 @@ class DataArguments:
         help="Prepared data, trained tokenizers and downloads are kept here (runs/cache; downloads in the hub's own).",
     )
     overwrite_cache: bool = HfArg(default=False, help="Prepare the data again.")
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """The text, and how it becomes rows for masked-language modelling."""
+
     max_seq_length: int = HfArg(default=128, help="Tokens in a row.")
     packing: str = HfArg(
         default="documents",
@@ -157,11 +164,6 @@ class TrainingArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
     check_arguments: bool = HfArg(default=False, help="Check the arguments, prepare the data, train nothing.")
     seed: int = HfArg(default=42, help="Weights, order, masks and dropout all follow from it.")
-    parity: str | None = HfArg(
-        default=None,
-        help="hf: the defaults of what is learned are those of the Hugging Face example run_mlm_no_trainer.py: batch, "
-        "optimizer, schedule, dropout, masking, concatenated rows; 3 epochs if no limit is set.",
-    )
 
     # ---- budget: whichever limit is reached first ends the run
     total_training_time: float | None = HfArg(
@@ -172,6 +174,11 @@ class TrainingArguments:
         default=None, help="Stop after this many hours without shortening the schedule."
     )
     max_train_steps: int | None = HfArg(default=None, aliases=["--max_steps"], help="Optimizer steps.")
+    throughput_steps: int | None = HfArg(
+        default=None,
+        help="Measure the speed over N optimizer steps after a warm-up, print it and leave it in all_results.json: "
+        "nothing is validated or saved.",
+    )
     num_train_epochs: float | None = HfArg(default=None, aliases=["--num_epochs"], help="Passes over the rows.")
     finetune_time_markers: str | None = HfArg(
         default=None, help="Save a loadable checkpoint at these fractions of the budget, as in 0.25,0.5."
@@ -286,7 +293,18 @@ class TrainingArguments:
         return [float(part) for part in (self.finetune_time_markers or "").split(",") if part]
 
 
-GROUPS = (ModelArguments, DataArguments, TrainingArguments)
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """The same, with the recipe to take defaults from."""
+
+    parity: str | None = HfArg(
+        default=None,
+        help="hf: the defaults of what is learned are those of the Hugging Face example run_mlm_no_trainer.py: batch, "
+        "optimizer, schedule, dropout, masking, concatenated rows; 3 epochs if no limit is set.",
+    )
+
+
+GROUPS = (ModelArguments, DataArguments, PretrainingArguments)
 
 
 def parse_pretraining_arguments(argv=None):
@@ -295,8 +313,8 @@ def parse_pretraining_arguments(argv=None):
     Args:
         argv: list of words without the program's name; None = sys.argv[1:].
     Returns:
-        (ModelArguments, DataArguments, TrainingArguments, notes): notes are lines to print, one per flag that a YAML
-        replaces.
+        (ModelArguments, DataArguments, PretrainingArguments, notes): notes are lines to print, one per flag that a
+        YAML replaces.
     Raises:
         UserError: unknown flags, values out of range, contradictions; the message names the flags.
     """
@@ -311,7 +329,9 @@ def parse_pretraining_arguments(argv=None):
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
         data.tokenizer_name = model.model_name_or_path
-    _check_training(training)
+    if training.train_batch_size is None:
+        training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
+    check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
     return model, data, training, notes
 
 
@@ -356,6 +376,14 @@ def _check_model(model, data, defaults):
 
 
 def _check_data(data):
+    check_text(data)
+    one_of("packing", data.packing, ["documents", "concat"])
+    between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    at_least(data, "max_seq_length", 8)
+
+
+def check_text(data):
+    """Judge the flags of TextArguments; raises UserError."""
     for name in ("dataset_name", "train_file", "validation_file", "dataset_path", "tokenizer_name"):
         if getattr(data, name) == "":
             raise UserError(f"--{name} is empty: give a value, or leave the flag out")
@@ -368,19 +396,19 @@ def _check_data(data):
         raise UserError("--streaming needs --dataset_name: local files are always read as a stream")
     if data.dataset_config_name and not data.dataset_name:
         raise UserError("--dataset_config_name needs --dataset_name: name the dataset too")
-    one_of("packing", data.packing, ["documents", "concat"])
-    between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
     between(data, "validation_split_percentage", 0, 100, lower_open=True, upper_open=True)
-    at_least(data, "max_seq_length", 8)
     for name in ("max_eval_samples", "max_train_documents", "preprocessing_num_workers"):
         at_least(data, name, 1)
     at_least(data, "max_bad_records", 0)
     at_least(data, "tokenizer_train_vocab_size", 128)
 
 
-def _check_training(args):
-    if args.train_batch_size is None:
-        args.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
+def check_training(args, default_epochs=None):
+    """Judge the flags of TrainingArguments, and settle what ends the run; raises UserError.
+
+    Args:
+        default_epochs: what ends a run without any limit; None = five minutes.
+    """
     for name in ("total_training_time", "early_exit_time_marker", "num_train_epochs"):
         positive(args, name)
     between(args, "seed", 0, 2**32 - 1)
@@ -416,7 +444,7 @@ def _check_training(args):
         raise UserError("--overwrite_output_dir contradicts --resume_from_checkpoint: drop one of them")
     if args.resume_from_checkpoint == "latest" and not args.output_dir:
         raise UserError("--resume_from_checkpoint latest needs --output_dir: name the run to continue")
-    _check_limits(args)
+    _check_limits(args, default_epochs)
     try:
         in_range = all(0 < marker < 1 for marker in args.time_markers)
     except ValueError:
@@ -425,12 +453,18 @@ def _check_training(args):
         raise UserError(f"--finetune_time_markers {args.finetune_time_markers}: give fractions like 0.25,0.5")
 
 
-def _check_limits(args):
+def _check_limits(args, default_epochs):
     """Settle what ends the run and what the learning rate follows."""
+    at_least(args, "throughput_steps", 1)
+    if args.throughput_steps:
+        for name in ("total_training_time", "early_exit_time_marker", "max_train_steps", "num_train_epochs"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} contradicts --throughput_steps, which says when to end: drop one of them")
+        args.max_train_steps, args.checkpointing_minutes = WARM_UP_STEPS + args.throughput_steps, 0.0
     steps_limited = args.max_train_steps is not None or args.num_train_epochs is not None
     if args.total_training_time is None and args.early_exit_time_marker is None and not steps_limited:
-        if args.parity:
-            args.num_train_epochs, steps_limited = PARITY_EPOCHS, True
+        if default_epochs:
+            args.num_train_epochs, steps_limited = default_epochs, True
         else:
             args.total_training_time = DEFAULT_HOURS
     if args.total_training_time is None and not steps_limited:

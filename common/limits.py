@@ -2,6 +2,8 @@
 
 import math
 
+WARM_UP_STEPS = 5  # before those that --throughput_steps measures
+
 
 def due(before, now, every):
     """Whether a multiple of `every` lies in (before, now]; never where `every` is None or not positive."""

@@ -12,6 +12,27 @@ from common.errors import UserError
 from common.progress import format_count, format_duration
 
 WIDTH = 96  # columns of the summary
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a report says of one kind of language model and not of the other."""
+
+    name: str
+    task: str  # of transformers' pipeline, and on the hub
+    predicted: str  # what the loss is the loss of
+    judged: str
+
+    def snippet(self, folder: Path | str) -> str:
+        """Two lines of Python that load the model."""
+        variable = self.task.replace("-", "_")
+        call = f"pipeline({json.dumps(self.task)}, model={json.dumps(str(folder))})"
+        return f"from transformers import pipeline\n\n{variable} = {call}"
+
+
+MASKED = ModelKind("masked language model", "fill-mask", "masked", "with 15 % of the tokens masked")
+CAUSAL = ModelKind("causal language model", "text-generation", "next", "each from those before it in its row")
+
 COLORS = {"train": "#4c72b0", "eval": "#c44e52", "baseline": "#7f7f7f"}
 
 
@@ -62,14 +83,16 @@ def write_all_results(path: Path, results: dict) -> None:
     _write_atomically(Path(path), (_json(results, indent=2) + "\n").encode())
 
 
-def write_curves(metrics: list[dict], path_png: Path, title: str, baseline_loss: float | None = None) -> None:
+def write_curves(
+    metrics: list[dict], path_png: Path, title: str, baseline_loss: float | None = None, kind: ModelKind = MASKED
+) -> None:
     """Draw loss against steps, tokens and time, the learning rate, and the speed.
 
     Args:
         metrics: rows of read_metrics; those with "loss" are training rows, those with "eval_loss" evaluations.
         path_png: where the picture goes; written whole or not at all.
         title: heading of the figure.
-        baseline_loss: drawn as a dashed line, if given.
+        baseline_loss: drawn as a dashed line, if given; kind: for the label of the losses.
     """
     from matplotlib.figure import Figure  # slow to import, needed once
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -102,7 +125,7 @@ def write_curves(metrics: list[dict], path_png: Path, title: str, baseline_loss:
         if baseline_loss is not None:
             axis.axhline(baseline_loss, color=COLORS["baseline"], linestyle="--", label="unigram baseline")
         axis.set_xlabel(label)
-    loss_axes[0].set_ylabel("masked-token loss (nats)")
+    loss_axes[0].set_ylabel(f"{kind.predicted}-token loss (nats)")
     if train or evaluations:
         loss_axes[2].legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")
     draw(rate_axis, train, "step", "learning_rate", color=COLORS["train"], linewidth=1.3)
@@ -145,6 +168,21 @@ class FillMaskExample:
     target: str  # the word that was masked
     answers: Sequence[tuple[str, float]]  # (word, probability), the most probable first
 
+    def __str__(self):
+        answers = "   ".join(f"{' '.join(word.split())} {share:.0%}" for word, share in self.answers)
+        return f"{_wrapped(self.text)}\n    -> {answers}   (was: {self.target})"
+
+
+@dataclass
+class Continuation:
+    """The beginning of a held-out document, and how the model goes on."""
+
+    text: str
+    continuation: str
+
+    def __str__(self):
+        return f"{_wrapped(self.text)}\n{_wrapped('-> ' + self.continuation, '    ')}"
+
 
 def write_model_card(
     path: Path,
@@ -153,11 +191,12 @@ def write_model_card(
     command: str,
     facts: dict[str, dict[str, str]],
     results: dict,
-    examples: Sequence[FillMaskExample],
+    examples: Sequence[FillMaskExample | Continuation],
     licence_note: str,
     tags: Sequence[str] = (),
+    kind: ModelKind = MASKED,
 ) -> None:
-    """Write the README.md of a saved masked-language model, with the front matter the Hugging Face hub reads.
+    """Write the README.md of a saved language model, with the front matter the Hugging Face hub reads.
 
     Args:
         path: the README.md; curves.png is expected in the same folder.
@@ -165,11 +204,11 @@ def write_model_card(
         command: the exact command line of the run.
         facts: one section each, e.g. {"Data": {"source": "..."}, "Budget": {...}, "Model": {...}}.
         results: eval_loss, eval_accuracy, unigram_loss, unigram_accuracy (see format_summary).
-        examples: fill-mask answers on held-out text.
+        examples: answers on held-out text.
         licence_note: what is known of the licence of text and weights.
-        tags: for the hub, beside fill-mask; e.g. the model type.
+        tags: for the hub, beside the kind's task; e.g. the model type. kind: of model.
     """
-    tag_list = "\n".join(f"- {tag}" for tag in dict.fromkeys(("fill-mask", *tags)))
+    tag_list = "\n".join(f"- {tag}" for tag in dict.fromkeys((kind.task, *tags)))
     sections = ""
     for heading, entries in facts.items():
         rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in entries.items())
@@ -178,14 +217,14 @@ def write_model_card(
     examples_text = textwrap.indent(_format_examples(examples), "    ")  # indented: code, so nothing needs escaping
     content = f"""---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {kind.task}
 tags:
 {tag_list}
 ---
 
 # {title}
 
-A masked language model, trained with this command:
+A {kind.name}, trained with this command:
 
 ```bash
 {command}
@@ -193,8 +232,8 @@ A masked language model, trained with this command:
 
 ## Results
 
-On documents that were held out of training, with 15 % of the tokens masked. The unigram baseline knows only how
-often each token occurs in the training text, and is scored on the same masked tokens.
+On documents that were held out of training, {kind.judged}. The unigram baseline knows only how
+often each token occurs in the training text, and is scored on the same tokens.
 
 | | this model | unigram baseline |
 |---|---|---|
@@ -209,7 +248,7 @@ Answers on held-out text:
 ## Use
 
 ```python
-{_load_snippet("path/to/this/folder")}
+{kind.snippet("path/to/this/folder")}
 ```
 {sections}
 ## Licence
@@ -222,10 +261,11 @@ Answers on held-out text:
 def format_summary(
     results: dict,
     *,
-    examples: Sequence[FillMaskExample],
+    examples: Sequence[FillMaskExample | Continuation],
     files: dict[str, Path],
     model_folder: Path,
     mfu_formula: str,
+    kind: ModelKind = MASKED,
 ) -> str:
     """The block shown at the end of a run.
 
@@ -233,10 +273,11 @@ def format_summary(
         results: as in all_results.json: eval_loss (nats), eval_accuracy, unigram_loss, unigram_accuracy (on the same
             tokens; accuracies in [0, 1]), train_steps, train_tokens, train_runtime (seconds of the budget used);
             where known also tokens_per_second, mfu (in [0, 1]), epoch and peak_memory_bytes.
-        examples: fill-mask answers on held-out text; may be empty.
+        examples: answers on held-out text; may be empty.
         files: what lies where, e.g. {"curves": Path(...)}.
         model_folder: what from_pretrained loads.
         mfu_formula: how utilisation was computed, with the numbers, or why it is not known.
+        kind: of model.
     """
     table = [f"  {name:<32}{model:>12}{baseline:>20}" for name, model, baseline in _results_table(results)]
     trained = (
@@ -253,12 +294,16 @@ def format_summary(
     mfu = results.get("mfu")
     utilisation = f"not known: {mfu_formula}" if mfu is None else f"{mfu:.1%} = {mfu_formula}"
     facts = {"trained": trained, "speed": speed, "utilisation": utilisation}
-    lines = [f"{'On held-out text, masked tokens':<34}{'this model':>12}{'unigram baseline':>20}", *table, ""]
+    lines = [
+        f"{f'On held-out text, {kind.predicted} tokens':<34}{'this model':>12}{'unigram baseline':>20}",
+        *table,
+        "",
+    ]
     lines += [_hanging(name, text) for name, text in facts.items()]
     if examples:
         lines += ["", "The model's answers on held-out text:", "", _format_examples(examples)]
     lines += ["", *(f"{name:<14}{path}" for name, path in files.items())]
-    lines += ["", "To use it:", textwrap.indent(_load_snippet(model_folder), "    ")]
+    lines += ["", "To use it:", textwrap.indent(kind.snippet(model_folder), "    ")]
     rule = "-" * WIDTH
     return "\n".join([rule, *lines, rule])
 
@@ -270,17 +315,12 @@ def _results_table(results: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def _format_examples(examples: Sequence[FillMaskExample]) -> str:
-    blocks = []
-    for example in examples:
-        answers = "   ".join(f"{' '.join(word.split())} {share:.0%}" for word, share in example.answers)
-        text = textwrap.fill(" ".join(example.text.split()), WIDTH - 4, initial_indent="  ", subsequent_indent="  ")
-        blocks.append(f"{text}\n    -> {answers}   (was: {example.target})")
-    return "\n".join(blocks)
+def _format_examples(examples: Sequence[FillMaskExample | Continuation]) -> str:
+    return "\n".join(map(str, examples))
 
 
-def _load_snippet(folder: Path | str) -> str:
-    return f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model={json.dumps(str(folder))})'
+def _wrapped(text: str, indent: str = "  ") -> str:
+    return textwrap.fill(" ".join(text.split()), WIDTH - 4, initial_indent=indent, subsequent_indent=indent)
 
 
 def _hanging(name: str, text: str) -> str:

@@ -1,17 +1,18 @@
-"""Which settings of run_pretraining.py a continued run must share with its checkpoint, and which it may change."""
+"""Which settings of a run a continued run must share with its checkpoint, and which it may change."""
 
 from dataclasses import fields
 
 # What a continued run may change, because it only cuts, watches or ends the run differently ...
 FREE_ON_RESUME = """
     output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps
-    num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size
-    gradient_checkpointing torch_compile memory_settings eval_steps do_validation shards_per_epoch validation_epochs
-    validation_epochs_begin validation_epochs_end validation_begin_proportion validation_end_proportion
-    use_early_stopping early_stop_time early_stop_eval_loss resume_from_checkpoint checkpointing_steps
-    checkpointing_minutes num_epochs_between_checkpoints save_total_limit replay_clock logging_steps report_to
-    project_name job_name bf16 fp16 fp32 cache_dir overwrite_cache preprocessing_num_workers max_eval_samples
-    parity max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
+    num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size
+    auto_find_batch_size throughput_steps gradient_checkpointing torch_compile memory_settings eval_steps
+    do_validation shards_per_epoch validation_epochs validation_epochs_begin validation_epochs_end
+    validation_begin_proportion validation_end_proportion use_early_stopping early_stop_time early_stop_eval_loss
+    resume_from_checkpoint checkpointing_steps checkpointing_minutes num_epochs_between_checkpoints
+    save_total_limit replay_clock logging_steps report_to project_name job_name bf16 fp16 fp32 cache_dir
+    overwrite_cache preprocessing_num_workers max_eval_samples parity gradient_accumulation_steps mem_cap dry_run
+    max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
 """.split()
 # ... or because the fingerprint of the prepared text and tokenizer speaks for it.
 IN_THE_FINGERPRINT = """

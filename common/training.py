@@ -127,13 +127,13 @@ class _Pause:
 
 
 def evaluate(accelerator, model, eval_batches):
-    """Loss and accuracy on the fixed masked positions of the held-out rows. Every process calls it.
+    """Loss and accuracy on the held-out rows. Every process calls it.
 
     Args:
-        model: prepared model whose output has `losses` and `correct`, [B, k].
+        model: prepared model whose output has `losses` and `correct` for each predicted position.
         eval_batches: this process's batches, the same number for each.
     Returns:
-        dict: eval_loss (mean over positions, in nats), eval_accuracy.
+        dict: eval_loss (mean over predicted positions, in nats), eval_accuracy.
     Raises:
         DivergedError: a loss that is not a number.
     """
@@ -141,7 +141,7 @@ def evaluate(accelerator, model, eval_batches):
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
         for batch in eval_batches:
-            output, weights = model(**batch), batch["masked_weights"]
+            output, weights = model(**batch), batch[eval_batches.objective.weights]
             parts = [(output.losses * weights).sum(), (output.correct * weights).sum(), weights.sum()]
             sums += torch.stack(parts).to("cpu", torch.float64)
     model.train()

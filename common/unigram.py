@@ -24,7 +24,7 @@ def start_from_frequencies(model, token_file):
     stuck for hundreds of steps.
 
     Args:
-        model: masked-language model with an output bias, still unprepared.
+        model: language model with an output bias, still unprepared.
         token_file: TokenFile of the training text.
     """
     bias = model.get_output_embeddings().bias
@@ -44,6 +44,6 @@ def unigram_baseline(token_file, vocab_size, eval_batches):
     loss = -log_frequencies(token_file, vocab_size)
     sums = np.zeros(3)
     for batch in eval_batches.batches(range(eval_batches.number_of_batches)):
-        labels, weights = batch["masked_labels"], batch["masked_weights"]
+        labels, weights = batch[eval_batches.objective.labels], batch[eval_batches.objective.weights]
         sums += [(loss[labels] * weights).sum(), ((labels == loss.argmin()) * weights).sum(), weights.sum()]
     return {"unigram_loss": sums[0] / sums[2], "unigram_accuracy": sums[1] / sums[2]}

@@ -1,24 +1,31 @@
-"""How well a run uses its device: FLOPs that the model needs, over what the device can do."""
+"""How well a run uses its device: FLOPs that the model needs, over what the device can do.
+
+T real tokens, M predicted ones, S tokens in a row, P weights of L layers, H hidden size, V vocabulary.
+"""
 
 import resource
 import time
 
 import torch
 
-FORMULA = (
+MASKED_FORMULA = (
     "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
     "ones, P weights of the L layers; of the last layer only keys and values are needed at all T"
 )
 
 
-def flops_needed(config, tokens, targets, seq_length):
-    """FLOPs that forward and backward need for these tokens; what is recomputed or padded does not count.
+CAUSAL_FORMULA = "6·T·(P + H·V) + 6·L·H·S·T: T real tokens, P weights of the L layers; attention looks back alone"
+
+
+def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
+    """FLOPs that forward and backward of a masked-language model need; what is padded does not count.
 
     The loss sees the predicted positions alone: at the others, the last layer needs no more than keys and values.
 
     Args:
         config: transformers configuration of a BERT-like model.
-        tokens: real tokens; targets: predicted ones; seq_length: S.
+        tokens: T; targets: M; seq_length: S.
+        layer_passes: 3, as a backward pass costs two forward ones; 4 where the layers' forward pass is made again.
     Source: 2 FLOPs per weight and token forward, twice that backward (Kaplan et al. 2020, section 2.1), attention
         scores and sums as in Chowdhery et al. 2022, appendix B.
     """
@@ -26,9 +33,26 @@ def flops_needed(config, tokens, targets, seq_length):
     layer = 4 * width**2 + 2 * width * config.intermediate_size
     keys_and_values = 2 * width**2
     everywhere = (layers - 1) * layer + keys_and_values
-    at_targets = layer - keys_and_values + width**2 + width * config.vocab_size
-    attention = 12 * width * seq_length * (tokens * (layers - 1) + targets)
-    return 6 * tokens * everywhere + 6 * targets * at_targets + attention
+    at_targets = layer - keys_and_values
+    attention = 2 * width * seq_length * (tokens * (layers - 1) + targets)
+    head = width**2 + width * config.vocab_size
+    return layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention) + 6 * targets * head
+
+
+def causal_flops(model, seq_length):
+    """FLOPs that forward and backward of a causal language model need, of any family; see masked_flops.
+
+    Args:
+        model: transformers model with an output embedding; seq_length: S.
+    Returns:
+        function of (optimizer steps, real tokens, layer_passes=3) that gives the FLOPs; the steps do not matter.
+    """
+    config, head = model.config, model.get_output_embeddings().weight
+    apart = {id(head), *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding))}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in apart)
+    layers = matrices + config.num_hidden_layers * config.hidden_size * seq_length
+    of_head = head.numel()
+    return lambda _, tokens, layer_passes=3: tokens * (layer_passes * 2 * layers + 6 * of_head)
 
 
 def matmul_peak(device, precision, seconds=0.3):
@@ -65,15 +89,21 @@ class Meter:
     """Speed and utilisation, between two logs and over the run.
 
     Args:
-        config: of the model; batches: the run's TrainBatches, for its shapes and its waiting time.
+        flops: function of optimizer steps, real tokens and layer_passes=3, as masked_flops; formula: what it is.
+        batches: the run's TrainBatches, for its waiting time.
         device, precision, ranks: what the peak is measured on, and how often it is there.
     """
 
-    def __init__(self, config, batches, device, precision, ranks):
-        self.config, self.batches, self.device = config, batches, device
+    def __init__(self, flops, formula, batches, device, precision, ranks):
+        self.flops, self.formula, self.batches, self.device = flops, formula, batches, device
         self.precision, self.ranks = precision, ranks
         self.peak = matmul_peak(device, precision) * ranks
-        self._flops = self._tokens = self._seconds = self._waited = 0.0
+        self._waited = 0.0
+        self.restart()
+
+    def restart(self):
+        """Forget what was measured so far."""
+        self._flops = self._tokens = self._steps = self._seconds = 0.0
 
     def measure(self, steps, tokens, seconds):
         """What the log says of the last steps.
@@ -83,10 +113,10 @@ class Meter:
         Returns:
             dict: tokens_per_second, mfu, data_wait_share, peak_memory_bytes.
         """
-        targets = steps * self.batches.global_batch * self.batches.k
-        flops = flops_needed(self.config, tokens, targets, self.batches.rows.seq_length)
+        flops = self.flops(steps, tokens)
         waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
         self._flops, self._tokens, self._seconds = self._flops + flops, self._tokens + tokens, self._seconds + seconds
+        self._steps += steps
         return {
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self.peak,
@@ -105,4 +135,21 @@ class Meter:
             "tokens_per_second": self._tokens / self._seconds if made else None,
             "mfu": self._flops / self._seconds / self.peak if made else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    def throughput(self, recomputes):
+        """What --throughput_steps reports.
+
+        Args:
+            recomputes: whether the layers' forward pass is made twice (gradient checkpointing).
+        Returns:
+            dict: as totals(), with samples_per_second (rows), model_tflops_per_device (what the model needs) and
+            hardware_tflops_per_device (what is computed).
+        """
+        device_seconds = self._seconds * self.ranks * 1e12
+        made = self.flops(self._steps, self._tokens, layer_passes=3 + recomputes)
+        return self.totals() | {
+            "samples_per_second": self._steps * self.batches.global_batch / self._seconds,
+            "model_tflops_per_device": self._flops / device_seconds,
+            "hardware_tflops_per_device": made / device_seconds,
         }

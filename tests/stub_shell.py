@@ -16,6 +16,8 @@ with open(os.environ["STUB_LOG"], "a") as log:
 if "--check_arguments" in sys.argv:
     time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
     sys.exit(int(os.environ.get("STUB_EXIT", 0)))
+if "common.data.hub" in sys.argv:
+    sys.exit(sys.argv[3] not in os.environ.get("STUB_HUB", "").split())
 """
 
 
@@ -38,7 +40,7 @@ class Shell:
         self.log = folder / "log"
         for path in (self.repository / "scripts", self.here, self.bin, self.repository / ".venv" / "bin"):
             path.mkdir(parents=True)
-        for name in (script, "launch_env.sh"):
+        for name in (script, "launch_env.sh", "clm_arguments.sh"):
             shutil.copy(REPOSITORY / "scripts" / name, self.repository / "scripts")
         shutil.copytree(REPOSITORY / "accelerate_configs", self.repository / "accelerate_configs")
         executable(self.repository / "scripts" / "setup.sh", "exit 0\n")

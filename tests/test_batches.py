@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.batches import EvalBatches, Masking, TrainBatches, make_batch
-from common.data.masking import derive_key, mask_rows, permute
-from common.data.packing import ConcatenatedRows, DocumentRows
+from common.data.batches import EvalBatches, Masking, TrainBatches
+from common.data.masking import derive_key, mask_rows, permute, targets_per_row
+from common.data.packing import ConcatenatedRows, DocumentRows, Frame
 from plain import TOKENIZER, token_file
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def make_rows(tmp_path, documents=200, seq_length=32):
     lengths = np.random.default_rng(0).integers(1, 90, documents)
     file = token_file(lengths)
     file.tokens = (file.tokens % 900 + 10).astype(np.uint16)
-    return DocumentRows(file, TOKENIZER, seq_length, tmp_path)
+    return DocumentRows(file, Frame.for_masked(TOKENIZER), seq_length, tmp_path)
 
 
 @settings(deadline=None, max_examples=50)
@@ -173,13 +173,13 @@ def test_the_stream_is_what_making_one_batch_after_another_gives(tmp_path):
     stream = TrainBatches(rows, masking, 7, 4, 2, 0, 1, CPU)
     for number, (batch, micro_batch, tokens) in enumerate(take(stream, 2 * len(rows) // 4)):
         epoch, row = stream.locate(np.arange(4 * number, 4 * number + 4))
-        plain = make_batch(rows, row, masking, stream.k, derive_key(7, epoch, row))
+        plain = masking.make_batch(rows, row, derive_key(7, epoch, row))
         assert all((batch[name].numpy() == plain[name]).all() for name in plain)
         assert all(batch[name].numpy().dtype == plain[name].dtype for name in plain)
         places = np.arange(8 * (number // 2), 8 * (number // 2) + 8)
         built = rows.build(stream.locate(places)[1])
         assert micro_batch == number % 2 and tokens == (built["document_ids"] > 0).sum()
-        weight = np.minimum(built["maskable"].sum(axis=1), stream.k).sum()
+        weight = np.minimum(built["is_text"].sum(axis=1), targets_per_row(0.15, rows.seq_length)).sum()
         assert batch["loss_denominator"] == np.float32(weight / 2)
 
 
@@ -242,6 +242,6 @@ def test_an_error_while_making_batches_reaches_the_loop(tmp_path):
 
 def test_concatenated_rows_make_the_same_kind_of_batch(tmp_path):
     file = token_file(np.random.default_rng(0).integers(1, 90, 100))
-    rows = ConcatenatedRows(file, TOKENIZER, 32)
+    rows = ConcatenatedRows(file, Frame.for_masked(TOKENIZER), 32)
     batch, _, tokens = take(TrainBatches(rows, Masking(0.15, 9000, 4), 7, 4, 1, 0, 1, CPU), 1)[0]
     assert tokens == 4 * 32 and (batch["document_ids"] == 1).all() and batch["masked_weights"].min() == 1

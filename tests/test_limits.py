@@ -7,7 +7,7 @@ from common.batch_size import cut_global_batch
 from common.errors import UserError
 from common.limits import Limits, due
 from common.training import TrainState
-from common.utilisation import flops_needed
+from common.utilisation import masked_flops
 
 
 class Clock:
@@ -126,4 +126,4 @@ def test_flops_equal_what_torch_counts():
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     targets = batch["masked_positions"].numel()
-    assert counter.get_total_flops() == flops_needed(model.config, B * S, targets, S)
+    assert counter.get_total_flops() == masked_flops(model.config, B * S, targets, S)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.packing import ConcatenatedRows, DocumentRows, build_rows, histogram_pack
+from common.data.packing import ConcatenatedRows, DocumentRows, Frame, build_rows, histogram_pack
 from common.data.ranges import ranges, window
 from common.errors import UserError
 from plain import TOKENIZER, token_file
@@ -27,10 +27,10 @@ lengths_of_documents = st.lists(st.integers(1, 60), min_size=1, max_size=60).fil
 @given(lengths_of_documents, st.integers(8, 18))
 def test_every_token_is_used_once_and_documents_stay_apart(tmp_path_factory, lengths, seq_length):
     file = token_file(lengths)
-    rows = DocumentRows(file, TOKENIZER, seq_length, tmp_path_factory.mktemp("plan"))
+    rows = DocumentRows(file, Frame.for_masked(TOKENIZER), seq_length, tmp_path_factory.mktemp("plan"))
     everything = np.arange(len(rows))
     batch = rows.build(everything)
-    ids, documents, maskable = batch["input_ids"], batch["document_ids"], batch["maskable"]
+    ids, documents, maskable = batch["input_ids"], batch["document_ids"], batch["is_text"]
     assert sorted(ids[maskable].tolist()) == file.tokens.tolist()
     assert (rows.text_tokens(everything) == maskable.sum(axis=1)).all()
     assert (rows.real_tokens(everything) == (documents > 0).sum(axis=1)).all()
@@ -49,12 +49,12 @@ def test_every_token_is_used_once_and_documents_stay_apart(tmp_path_factory, len
 @given(lengths_of_documents, st.integers(8, 18))
 def test_concatenated_rows_equal_the_plain_way(lengths, seq_length):
     file = token_file(lengths)
-    rows = ConcatenatedRows(file, TOKENIZER, seq_length)
+    rows = ConcatenatedRows(file, Frame.for_masked(TOKENIZER), seq_length)
     everything = np.arange(len(rows))
     batch = rows.build(everything)
     expected = plain_concatenation(file, seq_length)
     assert (batch["input_ids"] == expected).all()
-    assert (batch["maskable"] == (expected >= 10)).all()
+    assert (batch["is_text"] == (expected >= 10)).all()
     assert (rows.text_tokens(everything) == (expected >= 10).sum(axis=1)).all()
     assert (rows.real_tokens(everything) == (expected > 0).sum(axis=1)).all()
 
@@ -78,10 +78,10 @@ def test_histogram_packing_is_valid_and_as_tight_as_plain_best_fit(lengths):
 
 def test_a_plan_is_reused(tmp_path):
     file = token_file([30, 5, 5, 12])
-    first = DocumentRows(file, TOKENIZER, 16, tmp_path).build(np.arange(4))
+    first = DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path).build(np.arange(4))
     plan = next(tmp_path.glob("rows-*")) / "plan.json"
     written = plan.stat().st_mtime_ns
-    second = DocumentRows(file, TOKENIZER, 16, tmp_path).build(np.arange(4))
+    second = DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path).build(np.arange(4))
     assert plan.stat().st_mtime_ns == written
     assert all((first[name] == second[name]).all() for name in first)
     assert [path.name for path in tmp_path.iterdir()] == [plan.parent.name]
@@ -91,38 +91,38 @@ def test_a_plan_is_reused(tmp_path):
 @pytest.mark.parametrize("damage", ["cut off", "missing"])
 def test_a_damaged_plan_is_made_again(tmp_path, name, damage):
     file = token_file([30, 5, 5, 12])
-    DocumentRows(file, TOKENIZER, 16, tmp_path)
+    DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path)
     path = next(tmp_path.glob("rows-*")) / name
     whole = path.read_bytes()
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(whole[:-1])
-    rows = DocumentRows(file, TOKENIZER, 16, tmp_path)
+    rows = DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path)
     batch = rows.build(np.arange(len(rows)))
-    assert sorted(batch["input_ids"][batch["maskable"]].tolist()) == file.tokens.tolist()
+    assert sorted(batch["input_ids"][batch["is_text"]].tolist()) == file.tokens.tolist()
     assert path.read_bytes() == whole
 
 
 def test_a_plan_that_cannot_be_put_in_place_is_no_success(tmp_path):
     file = token_file([30, 5, 5, 12])
-    DocumentRows(file, TOKENIZER, 16, tmp_path)
+    DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path)
     folder = next(tmp_path.glob("rows-*"))
     folder.rename(tmp_path / "aside")
     folder.write_text("a file in its place")
     with pytest.raises(OSError):
-        DocumentRows(file, TOKENIZER, 16, tmp_path)
+        DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", folder.name]
 
 
 def test_a_plan_of_many_blocks_uses_every_token_once(tmp_path, monkeypatch):
     file = token_file([30, 5, 0, 5, 100, 12, 1, 1, 1, 40])
     monkeypatch.setattr("common.data.packing.BLOCK_SEGMENTS", 4)  # the document of 100 tokens is in three of them
-    rows = DocumentRows(file, TOKENIZER, 16, tmp_path)
+    rows = DocumentRows(file, Frame.for_masked(TOKENIZER), 16, tmp_path)
     everything = np.arange(len(rows))
     batch = rows.build(everything)
-    assert sorted(batch["input_ids"][batch["maskable"]].tolist()) == file.tokens.tolist()
-    assert (rows.text_tokens(everything) == batch["maskable"].sum(axis=1)).all()
+    assert sorted(batch["input_ids"][batch["is_text"]].tolist()) == file.tokens.tolist()
+    assert (rows.text_tokens(everything) == batch["is_text"].sum(axis=1)).all()
     assert (rows.real_tokens(everything) == (batch["document_ids"] > 0).sum(axis=1)).all()
 
 
@@ -138,4 +138,4 @@ def test_a_window_holds_what_lies_inside(data, sizes):
 
 def test_less_than_one_row_is_refused(tmp_path):
     with pytest.raises(UserError, match="--max_seq_length 128"):
-        build_rows(token_file([20]), TOKENIZER, 128, "documents", tmp_path)
+        build_rows(token_file([20]), Frame.for_masked(TOKENIZER), 128, "documents", tmp_path)

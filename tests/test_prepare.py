@@ -14,8 +14,8 @@ import pytest
 
 from common.data.prepare import PreparedCorpus, prepare_corpus
 from common.data.sources import split
-from common.data.tokenizers import SPECIAL_TOKENS, train_wordpiece, wordpiece_tokenizer
 from common.data.tokenizing import tokenize
+from common.data.wordpiece import SPECIAL_TOKENS, train_wordpiece, wordpiece_tokenizer
 from common.errors import UserError
 
 PARAGRAPHS = [" ".join(text.split()) for name in sorted(topics) for text in topics[name].split("\n\n")]

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from common.data.batches import EvalBatches, Masking
-from common.data.packing import ConcatenatedRows, DocumentRows
+from common.data.packing import ConcatenatedRows, DocumentRows, Frame
 from common.data.token_files import TokenFile
 from common.report import read_metrics
 from harness import REPOSITORY
@@ -73,7 +73,7 @@ def test_the_screen_shows_what_the_issue_promises(finished):
 
 
 def test_evaluation_equals_stock_transformers_document_by_document(finished, tmp_path):
-    rows_of = lambda file, tokenizer: DocumentRows(file, tokenizer, 64, tmp_path)  # noqa: E731
+    rows_of = lambda file, tokenizer: DocumentRows(file, Frame.for_masked(tokenizer), 64, tmp_path)  # noqa: E731
     loss, accuracy = stock_evaluation(finished.out, rows_of, prepared(finished.stdout))
     assert results(finished.out)["eval_loss"] == pytest.approx(loss, abs=1e-5)
     assert results(finished.out)["eval_accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -86,7 +86,7 @@ def test_the_unigram_baseline_equals_a_plain_count(finished, tmp_path):
     for token in TokenFile(folder / "train").tokens.tolist():
         counts[token] += 1
     total, best = sum(counts.values()), max(counts, key=counts.get)
-    rows = DocumentRows(TokenFile(folder / "validation"), tokenizer, 64, tmp_path)
+    rows = DocumentRows(TokenFile(folder / "validation"), Frame.for_masked(tokenizer), 64, tmp_path)
     batches = EvalBatches(rows, Masking.for_tokenizer(tokenizer, 0.15), 32, 5, 0, 1, torch.device("cpu"))
     labels = [
         int(label)
@@ -149,7 +149,7 @@ def test_pre_ln_saves_megatron_bert_and_concatenation_evaluates_alike(harness, t
     result = harness.run(*small_run(tiny_corpus, cache, out, *flags, steps=12)).check()
     assert json.loads((out / "config.json").read_text())["architectures"] == ["MegatronBertForMaskedLM"]
     assert {"bert.encoder.ln.weight"} <= weights(out).keys() and "bert.embeddings.LayerNorm.weight" not in weights(out)
-    rows_of = lambda file, tokenizer: ConcatenatedRows(file, tokenizer, 64)  # noqa: E731
+    rows_of = lambda file, tokenizer: ConcatenatedRows(file, Frame.for_masked(tokenizer), 64)  # noqa: E731
     loss, accuracy = stock_evaluation(out, rows_of, prepared(result.stdout))
     assert results(out)["eval_loss"] == pytest.approx(loss, abs=1e-5)
     assert results(out)["eval_accuracy"] == pytest.approx(accuracy, abs=1e-9)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from common.data.batches import Masking, TrainBatches
-from common.data.packing import build_rows
+from common.data.packing import Frame, build_rows
 from common.data.token_files import TokenFile
 from pretraining import MODEL, SCRIPT, training_rows
 
@@ -135,7 +135,7 @@ def test_parity_hf_is_the_examples_recipe(harness, tiny_corpus, tmp_path, out, f
     harness.run(SCRIPT, "--parity", "hf", *words, *dropout, *flags).check()
     ours, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     prepared = next(path.parent for path in cache.glob("*/train.bin"))
-    rows = build_rows(TokenFile(prepared / "train"), tokenizer, S, "concat", out / "rows")
+    rows = build_rows(TokenFile(prepared / "train"), Frame.for_masked(tokenizer), S, "concat", out / "rows")
     masking = Masking.for_tokenizer(tokenizer, 0.15)
     batches = TrainBatches(rows, masking, 42, 8, 1, rank=0, ranks=1, device=torch.device("cpu"))
     defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
-from common.data.tokenizers import (
-    SPECIAL_TOKENS,
-    corpus_encoder,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_wordpiece,
-    vocabulary_size,
-    wordpiece_tokenizer,
-)
+from common.data.tokenizers import corpus_encoder, load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from common.data.wordpiece import SPECIAL_TOKENS, train_wordpiece, wordpiece_tokenizer
 from common.errors import UserError
 
 WORDS = ["the", "cat", "sat", "##s", "mat", ",", "on", "naive"]
@@ -101,7 +94,8 @@ def test_tokenizers_that_cannot_be_used(tmp_path, monkeypatch):
 
 TRAIN = """
 from pydoc_data.topics import topics
-from common.data.tokenizers import train_wordpiece, tokenizer_fingerprint
+from common.data.tokenizers import tokenizer_fingerprint
+from common.data.wordpiece import train_wordpiece
 print(tokenizer_fingerprint(train_wordpiece([topics[name] for name in sorted(topics)], 1500)))
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.data.batches import EvalBatches, Masking
-from common.data.packing import DocumentRows
+from common.data.packing import DocumentRows, Frame
 from common.data.token_files import TokenFile, TokenFileWriter
 from common.unigram import log_frequencies, start_from_frequencies, unigram_baseline
 from plain import TOKENIZER
@@ -48,7 +48,7 @@ def test_the_output_bias_knows_no_held_out_token(parts):
 
 def test_the_baseline_is_judged_on_the_held_out_documents(parts, tmp_path):
     train, validation = parts
-    rows = DocumentRows(validation, TOKENIZER, 16, tmp_path / "rows")
+    rows = DocumentRows(validation, Frame.for_masked(TOKENIZER), 16, tmp_path / "rows")
     device = torch.device("cpu")
     eval_batches = EvalBatches(rows, Masking(0.15, VOCAB_SIZE, 4), 100, 3, 0, 1, device)
     labels = [

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from common.data.tokenizers import SPECIAL_TOKENS, corpus_encoder, train_wordpiece, wordpiece_tokenizer
+from common.data.tokenizers import corpus_encoder
 from common.data.tokenizing import tokenize
 from common.data.word_cache import SAMPLE, CheckedEncoder, WordCache, can_be_cached
+from common.data.wordpiece import SPECIAL_TOKENS, train_wordpiece, wordpiece_tokenizer
 
 TEXTS = [topics[name] for name in sorted(topics)]
 LETTERS = [

@@ -1,4 +1,4 @@
-"""Micro-batches for one process: rows in the order of (seed, epoch), masked by (seed, epoch, row), prefetched.
+"""Micro-batches for one process: rows in the order of (seed, epoch), made by (seed, epoch, row), prefetched.
 
 The rows of a run form one endless sequence; a global batch is the next G of it, cut into micro-batches that are dealt
 to the processes in turn. What a batch holds depends on its place in that sequence alone, so a resumed run, or one on
@@ -8,7 +8,8 @@ another number of processes, sees the same global batches.
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,23 +25,75 @@ EVAL_PROBABILITY = 0.15  # and so is their rate, so that losses can be compared
 
 @dataclass(frozen=True)
 class Masking:
-    """What mask_rows needs besides the rows."""
+    """Masked-language modelling as an objective: what is predicted in a row, and what its batches hold."""
 
     probability: float
     vocab_size: int
     mask_id: int
+    labels: ClassVar[str] = "masked_labels"  # which of a batch's arrays says what is predicted,
+    weights: ClassVar[str] = "masked_weights"  # and which what counts
 
     @classmethod
     def for_tokenizer(cls, tokenizer, probability):
         return cls(probability, vocabulary_size(tokenizer), tokenizer.mask_token_id)
+
+    def for_validation(self):
+        """The same for all runs: 15 % are masked."""
+        return replace(self, probability=EVAL_PROBABILITY)
+
+    def targets(self, rows, row):
+        """[B]: positions that count in each row. Args: rows, row as make_batch."""
+        return np.minimum(rows.text_tokens(row), targets_per_row(self.probability, rows.seq_length))
+
+    def make_batch(self, rows, row, keys):
+        """One masked micro-batch as numpy arrays, by the batch contract.
+
+        Args:
+            rows: DocumentRows or ConcatenatedRows; row: [B] int64; keys: [B] uint64.
+        Returns:
+            dict: input_ids, position_ids, document_ids [B, S]; masked_positions, masked_labels, masked_weights [B, k].
+        """
+        batch, k = rows.build(row), targets_per_row(self.probability, rows.seq_length)
+        chosen = mask_rows(batch["input_ids"], batch.pop("is_text"), keys, k, self.vocab_size, self.mask_id)
+        return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), chosen, strict=True))
+
+
+class NextToken:
+    """Causal language modelling as an objective; see Masking."""
+
+    labels, weights = "labels", "weights"
+
+    def for_validation(self):
+        """The same."""
+        return self
+
+    def targets(self, rows, row):
+        """[B]: tokens that are predicted in each row: those that follow another one of their document."""
+        return rows.next_tokens(row)
+
+    def make_batch(self, rows, row, keys):
+        """One micro-batch as numpy arrays, nothing random in it; arguments as Masking.make_batch.
+
+        Returns:
+            dict of [B, S]: input_ids, position_ids, document_ids; labels, the next token, 0 where there is none; and
+            weights float32, 0 there and 1 elsewhere.
+        """
+        batch = rows.build(row)
+        del batch["is_text"]
+        document = batch["document_ids"]
+        goes_on = np.zeros(document.shape, bool)
+        goes_on[:, :-1] = (document[:, 1:] == document[:, :-1]) & (document[:, :-1] > 0)
+        labels = np.zeros_like(batch["input_ids"])
+        labels[:, :-1] = batch["input_ids"][:, 1:]
+        return batch | {"labels": labels * goes_on, "weights": goes_on.astype(np.float32)}
 
 
 class TrainBatches:
     """Endless micro-batches of one process, from any place in the sequence of rows.
 
     Args:
-        rows: DocumentRows or ConcatenatedRows.
-        masking: Masking.
+        rows: DocumentRows, ConcatenatedRows or SyntheticRows.
+        objective: Masking or NextToken.
         seed: int.
         batch_size: rows in a micro-batch.
         accumulation: micro-batches of one process in a global batch.
@@ -51,11 +104,10 @@ class TrainBatches:
         wait_seconds: time the training loop has waited for data so far.
     """
 
-    def __init__(self, rows, masking, seed, batch_size, accumulation, rank, ranks, device, consumed_rows=0):
-        self.rows, self.masking, self.seed = rows, masking, seed
+    def __init__(self, rows, objective, seed, batch_size, accumulation, rank, ranks, device, consumed_rows=0):
+        self.rows, self.objective, self.seed = rows, objective, seed
         self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
         self.device, self.consumed_rows = device, consumed_rows
-        self.k = targets_per_row(masking.probability, rows.seq_length)
         self.wait_seconds = 0.0
 
     @property
@@ -107,13 +159,13 @@ class TrainBatches:
         while True:
             epoch, row = self.locate(np.arange(first, first + steps * self.global_batch))
             keys = derive_key(self.seed, epoch, row)
-            weight = np.minimum(self.rows.text_tokens(row), self.k).reshape(steps, -1).sum(axis=1)
+            weight = self.objective.targets(self.rows, row).reshape(steps, -1).sum(axis=1)
             tokens = self.rows.real_tokens(row).reshape(steps, -1).sum(axis=1)
             dealt = (steps * self.accumulation, self.ranks, self.batch_size)
             row, keys = row.reshape(dealt)[:, self.rank], keys.reshape(dealt)[:, self.rank]  # of this process
             for begin in range(0, len(row), at_once):
                 part = slice(begin, begin + at_once)
-                built = make_batch(self.rows, row[part].ravel(), self.masking, self.k, keys[part].ravel())
+                built = self.objective.make_batch(self.rows, row[part].ravel(), keys[part].ravel())
                 built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
                 for index in range(len(built["input_ids"])):
                     step, micro_batch = divmod(begin + index, self.accumulation)
@@ -137,16 +189,15 @@ class EvalBatches:
 
     Args:
         rows: rows of the held-out documents.
-        masking: Masking; its probability is not used, validation always masks 15 %.
-        max_samples: rows to use, spread over all of them.
+        objective: as TrainBatches; its form for validation is taken.
+        max_samples: rows to use, spread over all of them; None = all.
         batch_size: rows in a batch. rank, ranks, device: as TrainBatches.
     """
 
-    def __init__(self, rows, masking, max_samples, batch_size, rank, ranks, device):
-        self.rows, self.masking, self.device = rows, masking, device
+    def __init__(self, rows, objective, max_samples, batch_size, rank, ranks, device):
+        self.rows, self.objective, self.device = rows, objective.for_validation(), device
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
-        self.k = targets_per_row(EVAL_PROBABILITY, rows.seq_length)
-        number = min(max_samples, len(rows))
+        number = min(max_samples or len(rows), len(rows))
         self.chosen = np.sort(permute(np.arange(number), len(rows), derive_key(EVAL_SEED)))
 
     def __iter__(self):
@@ -164,24 +215,10 @@ class EvalBatches:
         for number in numbers:
             place = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             row = self.chosen[np.minimum(place, len(self.chosen) - 1)]
-            batch = make_batch(self.rows, row, self.masking, self.k, derive_key(EVAL_SEED, row))
-            batch["masked_weights"][place >= len(self.chosen)] = 0
+            batch = self.objective.make_batch(self.rows, row, derive_key(EVAL_SEED, row))
+            batch[self.objective.weights][place >= len(self.chosen)] = 0
             batch["loss_denominator"] = np.float32(1)
             yield batch
-
-
-def make_batch(rows, row, masking, k, keys):
-    """One masked micro-batch as numpy arrays, by the batch contract.
-
-    Args:
-        rows: DocumentRows or ConcatenatedRows; row: [B] int64; keys: [B] uint64; k: targets in a row.
-    Returns:
-        dict: input_ids, position_ids, document_ids [B, S]; masked_positions, masked_labels, masked_weights [B, k].
-    """
-    batch = rows.build(row)
-    maskable = batch.pop("maskable")
-    positions, labels, weights = mask_rows(batch["input_ids"], maskable, keys, k, masking.vocab_size, masking.mask_id)
-    return batch | {"masked_positions": positions, "masked_labels": labels, "masked_weights": weights}
 
 
 def to_device(batch, device):

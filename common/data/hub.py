@@ -1,5 +1,12 @@
-"""Datasets of the hub, and folders laid out as one."""
+"""The hub: whether it and what is on it can be had, its datasets, and folders laid out as one.
 
+Usage: python -m common.data.hub NAME [CONFIG]
+Exit code 0 if this model, or this configuration of a dataset, is in the cache or the hub can be reached; else 1.
+"""
+
+import os
+import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,14 +61,47 @@ def work_offline_unless_reachable():
     """Where the hub cannot be reached, let its libraries look into their caches alone: they would try for long."""
     import datasets
     from huggingface_hub import constants
+
+    if not datasets.config.HF_HUB_OFFLINE and not reachable():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def reachable():
+    """Whether the hub answers, wherever HF_ENDPOINT and a proxy have it be; not with HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
-        return
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_REACH)
     except Exception:  # of whichever library for HTTP the hub's uses today
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def in_cache(name, config=None):
+    """Whether a download is there to be used without the hub.
+
+    Args:
+        name: a model's id, or with `config`, one of its configurations, a dataset's.
+    Returns:
+        bool: the model's config.json and weights are in the hub's cache, or the dataset in that of its library.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if config is None:
+        found = try_to_load_from_cache(name, "config.json")
+        return isinstance(found, str) and any(
+            path.suffix in (".safetensors", ".bin") for path in Path(found).parent.iterdir()
+        )
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
+    wanted = _letters(name)  # the folder is called owner___name, with CamelCase written as snake_case
+    return any(wanted == _letters(folder.parent.name) for folder in cache.glob(f"*/{config}"))
+
+
+def _letters(text):
+    return re.sub("[^a-z0-9.]", "", text.lower())
 
 
 @contextmanager
@@ -78,3 +118,7 @@ def reading(what, remedy):
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{what}: cannot be read ({reason}); {remedy}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(not (in_cache(*sys.argv[1:]) or reachable()))

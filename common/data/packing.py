@@ -2,13 +2,14 @@
 
 T tokens in the file, n documents, R rows, G segments, B rows in a batch, S tokens in a row.
 
-A segment is a piece of one document between [CLS] and [SEP]; a row holds whole segments.
+A segment is a piece of one document with its frame, [CLS] and [SEP] for instance; a row holds whole segments.
 """
 
 import json
 import shutil
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,35 @@ from common.data.ranges import ranges, window
 from common.errors import UserError
 from common.files import flush
 
-SPECIALS = 2  # [CLS] and [SEP] around every segment
 BLOCK_SEGMENTS = 1 << 20  # packed together; beside the documents' lengths, planning needs memory for one block
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 PLAN_FILES = {"row_ends": "<i8", "row_tokens": "<i4", "starts": "<i8", "lengths": "<i4"}  # name.bin and its dtype
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Special tokens around every segment, None where there is none, and what fills a row."""
+
+    first_id: int | None
+    last_id: int | None
+    pad_id: int
+
+    @classmethod
+    def for_masked(cls, tokenizer):
+        """[CLS] segment [SEP]."""
+        return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+
+    @classmethod
+    def for_causal(cls, tokenizer):
+        """The token that begins a text, or where there is none the one that ends it, in front of every segment."""
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        first, end, pad = ids
+        return cls(end if first is None else first, None, end if pad is None else pad)
+
+    @property
+    def size(self):
+        """Special tokens in a segment."""
+        return (self.first_id is not None) + (self.last_id is not None)
 
 
 def histogram_pack(lengths, capacity):
@@ -88,17 +114,16 @@ class DocumentRows:
 
     Args:
         token_file: common.data.token_files.TokenFile, documents without special tokens.
-        tokenizer: for the ids of [CLS], [SEP] and [PAD].
+        frame: Frame.
         seq_length: S.
         cache_folder: where the plan is kept, memory-mapped, for the next run.
     """
 
-    def __init__(self, token_file, tokenizer, seq_length, cache_folder):
-        self.tokens, self.seq_length = np.asarray(token_file.tokens), seq_length
-        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
-        folder = Path(cache_folder) / f"rows-{seq_length}-v{PLAN_FORMAT}"
+    def __init__(self, token_file, frame, seq_length, cache_folder):
+        self.tokens, self.frame, self.seq_length = np.asarray(token_file.tokens), frame, seq_length
+        folder = Path(cache_folder) / f"rows-{seq_length}-{frame.size}-v{PLAN_FORMAT}"
         if not _is_whole(folder):
-            _write_plan(token_file, seq_length, folder)
+            _write_plan(token_file, seq_length, frame.size, folder)
         # memory maps, but as plain arrays: what is taken out of a np.memmap is one, too, which costs time
         load = lambda name: np.asarray(np.memmap(folder / f"{name}.bin", PLAN_FILES[name], mode="r"))  # noqa: E731
         self.row_ends, self.row_tokens = load("row_ends"), load("row_tokens")
@@ -110,7 +135,12 @@ class DocumentRows:
     def text_tokens(self, rows):
         """[B] int64: tokens of text in each row, special tokens and padding not counted."""
         first, last = self._segment_range(rows)
-        return self.row_tokens[rows].astype(np.int64) - SPECIALS * (last - first)
+        return self.row_tokens[rows].astype(np.int64) - self.frame.size * (last - first)
+
+    def next_tokens(self, rows):
+        """[B] int64: tokens in each row that another one of their document follows."""
+        first, last = self._segment_range(rows)
+        return self.row_tokens[rows].astype(np.int64) - (last - first)
 
     def real_tokens(self, rows):
         """[B] int64: tokens in each row, special tokens included, padding not."""
@@ -122,7 +152,7 @@ class DocumentRows:
         Args:
             rows: [B] int64 row numbers.
         Returns:
-            dict of [B, S]: input_ids, position_ids, document_ids int64 (0 = padding), maskable bool.
+            dict of [B, S]: input_ids, position_ids, document_ids int64 (0 = padding), is_text bool.
         """
         first, last = self._segment_range(rows)
         segment = ranges(first, last - first)  # [g] segments of these rows, row by row
@@ -133,28 +163,31 @@ class DocumentRows:
         document = ranges(np.ones_like(pieces), pieces)
         document[padding] = 0
         sizes = np.empty(len(padding), np.int64)
-        sizes[text] = self.lengths[segment] + SPECIALS
+        sizes[text] = self.lengths[segment] + self.frame.size
         sizes[padding] = self.seq_length - self.row_tokens[rows]
         ends = np.cumsum(sizes)
         begins = ends - sizes  # in these rows laid end to end
         shift = np.zeros_like(begins)
-        shift[text] = self.starts[segment] - (begins[text] + 1)  # from there to the place in the file
+        leading = self.frame.first_id is not None
+        shift[text] = self.starts[segment] - (begins[text] + leading)  # from there to the place in the file
 
         place = np.arange(len(rows) * self.seq_length)
         input_ids = self.tokens.take(place + np.repeat(shift, sizes), mode="clip").astype(np.int64)
         position_ids = place - np.repeat(begins, sizes)
         document_ids = np.repeat(document, sizes)
-        maskable = np.ones(len(place), bool)
+        is_text = np.ones(len(place), bool)
         unused = ranges(begins[padding], sizes[padding])
         position_ids[unused] = 0
-        for value, places in ((self.cls_id, begins[text]), (self.sep_id, ends[text] - 1), (self.pad_id, unused)):
-            input_ids[places] = value
-            maskable[places] = False
+        frame = self.frame
+        for value, places in ((frame.first_id, begins[text]), (frame.last_id, ends[text] - 1), (frame.pad_id, unused)):
+            if value is not None:
+                input_ids[places] = value
+                is_text[places] = False
         flat = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "document_ids": document_ids,
-            "maskable": maskable,
+            "is_text": is_text,
         }
         return {name: array.reshape(len(rows), self.seq_length) for name, array in flat.items()}
 
@@ -165,17 +198,16 @@ class DocumentRows:
 
 
 class ConcatenatedRows:
-    """Rows cut from one stream of [CLS] document [SEP] [CLS] document [SEP] …, as the masked-LM example does it.
+    """Rows cut from one stream of documents in their frames, one behind the other, as Hugging Face's examples do it.
 
     What is left after the last full row is dropped, as there. Arguments as DocumentRows, without a plan to keep.
     """
 
-    def __init__(self, token_file, tokenizer, seq_length):
-        self.tokens, self.seq_length = np.asarray(token_file.tokens), seq_length
-        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+    def __init__(self, token_file, frame, seq_length):
+        self.tokens, self.frame, self.seq_length = np.asarray(token_file.tokens), frame, seq_length
         self.starts = np.asarray(token_file.starts)
         self.lengths = np.asarray(token_file.lengths, dtype=np.int64)
-        self.stream_starts = np.concatenate([[0], np.cumsum(self.lengths + SPECIALS)])  # [n + 1]
+        self.stream_starts = np.concatenate([[0], np.cumsum(self.lengths + frame.size)])  # [n + 1]
         self.text_before = np.concatenate([[0], np.cumsum(self.lengths)])
 
     def __len__(self):
@@ -190,6 +222,10 @@ class ConcatenatedRows:
         first = np.asarray(rows) * self.seq_length
         return self._text_up_to(first + self.seq_length) - self._text_up_to(first)
 
+    def next_tokens(self, rows):
+        """[B] int64: tokens in each row that another one follows."""
+        return np.full(len(rows), self.seq_length - 1)
+
     def build(self, rows):
         """As DocumentRows.build; positions run through the row and document_ids are 1."""
         starts = np.asarray(rows) * self.seq_length  # in the stream
@@ -202,13 +238,15 @@ class ConcatenatedRows:
         offset = np.repeat(np.arange(len(starts)) * self.seq_length, number)  # of the row among these rows
 
         place = np.arange(len(starts) * self.seq_length)
-        shift = self.starts[document] - (offset + begins + 1)  # from there to the place in the file
+        leading = self.frame.first_id is not None
+        shift = self.starts[document] - (offset + begins + leading)  # from there to the place in the file
         input_ids = self.tokens.take(place + np.repeat(shift, sizes), mode="clip").astype(np.int64)
-        maskable = np.ones(len(place), bool)
-        opened, closed = begins >= 0, ends <= self.seq_length
-        for value, places in ((self.cls_id, (offset + begins)[opened]), (self.sep_id, (offset + ends - 1)[closed])):
-            input_ids[places] = value
-            maskable[places] = False
+        is_text = np.ones(len(place), bool)
+        begun, ended = (offset + begins)[begins >= 0], (offset + ends - 1)[ends <= self.seq_length]
+        for value, places in ((self.frame.first_id, begun), (self.frame.last_id, ended)):
+            if value is not None:
+                input_ids[places] = value
+                is_text[places] = False
         shape = (len(starts), self.seq_length)
         position_ids = np.empty(shape, np.int64)
         position_ids[:] = np.arange(self.seq_length)
@@ -216,33 +254,34 @@ class ConcatenatedRows:
             "input_ids": input_ids.reshape(shape),
             "position_ids": position_ids,
             "document_ids": np.ones(shape, np.int64),
-            "maskable": maskable.reshape(shape),
+            "is_text": is_text.reshape(shape),
         }
 
     def _text_up_to(self, place):
         place = np.minimum(place, self.stream_starts[-1] - 1)
         document = np.searchsorted(self.stream_starts, place, side="right") - 1
         offset = place - self.stream_starts[document]
-        return self.text_before[document] + np.clip(offset - 1, 0, self.lengths[document])
+        leading = self.frame.first_id is not None
+        return self.text_before[document] + np.clip(offset - leading, 0, self.lengths[document])
 
 
-def build_rows(token_file, tokenizer, seq_length, packing, cache_folder):
+def build_rows(token_file, frame, seq_length, packing, cache_folder, flag="--max_seq_length"):
     """The rows of a token file.
 
     Args:
-        packing: "documents" or "concat"; the rest as DocumentRows.
+        packing: "documents" or "concat"; flag: what the user calls seq_length; the rest as DocumentRows.
     Raises:
         UserError: less text than one row.
     """
     tokens = int(token_file.lengths.sum(dtype=np.int64))
-    if tokens < seq_length - SPECIALS:
+    if tokens < seq_length - frame.size:
         raise UserError(
-            f"{Path(cache_folder).name} text: {tokens} tokens are less than one row of --max_seq_length {seq_length}; "
-            "give more text or shorter rows"
+            f"{Path(cache_folder).name} text: {tokens} tokens are less than one row of {flag} {seq_length}; give "
+            "more text or shorter rows"
         )
     if packing == "concat":
-        return ConcatenatedRows(token_file, tokenizer, seq_length)
-    return DocumentRows(token_file, tokenizer, seq_length, cache_folder)
+        return ConcatenatedRows(token_file, frame, seq_length)
+    return DocumentRows(token_file, frame, seq_length, cache_folder)
 
 
 def _is_whole(folder):
@@ -255,7 +294,7 @@ def _is_whole(folder):
         return False
 
 
-def _write_plan(token_file, seq_length, folder):
+def _write_plan(token_file, seq_length, specials, folder):
     """Cut documents into segments, pack them block by block, and leave the plan complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -263,7 +302,7 @@ def _write_plan(token_file, seq_length, folder):
         counts = dict.fromkeys(PLAN_FILES, 0)
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in PLAN_FILES}
-            for block in _plan_blocks(token_file, seq_length):
+            for block in _plan_blocks(token_file, seq_length, specials):
                 for name, dtype in PLAN_FILES.items():
                     files[name].write(block[name].astype(dtype).data)  # tofile would not say that the disk is full
                     counts[name] += len(block[name])
@@ -284,9 +323,9 @@ def _write_plan(token_file, seq_length, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _plan_blocks(token_file, seq_length):
+def _plan_blocks(token_file, seq_length, specials):
     """Yield the plan in parts: dicts of arrays that continue those of the part before."""
-    room = seq_length - SPECIALS
+    room = seq_length - specials
     pieces = -(-token_file.lengths.astype(np.int64) // room)  # segments of each document
     bounds = np.concatenate([[0], np.cumsum(pieces)])
     for first in range(0, int(bounds[-1]), BLOCK_SEGMENTS):
@@ -295,8 +334,8 @@ def _plan_blocks(token_file, seq_length):
         offset = ranges(skipped, number) * room
         starts = np.repeat(token_file.starts[document], number) + offset
         lengths = np.minimum(np.repeat(token_file.lengths[document], number) - offset, room)
-        order, row_ends = histogram_pack(lengths + SPECIALS, seq_length)
-        tokens_before = np.concatenate([[0], np.cumsum(lengths[order] + SPECIALS)])
+        order, row_ends = histogram_pack(lengths + specials, seq_length)
+        tokens_before = np.concatenate([[0], np.cumsum(lengths[order] + specials)])
         yield {
             "row_ends": row_ends + first,
             "row_tokens": np.diff(tokens_before[np.concatenate([[0], row_ends])]),

@@ -19,7 +19,7 @@ from common.data.documents import BadRecords
 from common.data.masking import random_bits
 from common.data.sources import Source, choose_source, hold_out_limit, labelled_documents
 from common.data.token_files import BLOCK_TOKENS, TokenFile, TokenFileWriter, token_dtype
-from common.data.tokenizers import load_tokenizer, tokenizer_fingerprint, train_wordpiece, vocabulary_size
+from common.data.tokenizers import MASKED, TokenizerKind, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from common.data.tokenizing import BATCH_CHARACTERS, tokenize
 from common.errors import UserError
 
@@ -38,7 +38,7 @@ class PreparedCorpus:
 
     Args:
         train, validation: token files, or views of some documents of one.
-        tokenizer: has cls, sep, pad and mask tokens.
+        tokenizer: has the special tokens that its kind needs.
         folder: where the files lie.
         source: one phrase for people.
         fingerprint: hash over both parts and the tokenizer; equal for equal training data.
@@ -54,7 +54,7 @@ class PreparedCorpus:
     rows_folder: Path
 
 
-def prepare_corpus(data_args, say: Callable[[str], None] = print) -> PreparedCorpus:
+def prepare_corpus(data_args, say: Callable[[str], None] = print, kind: TokenizerKind = MASKED) -> PreparedCorpus:
     """Find the corpus that the flags name in the cache, or prepare it there.
 
     Several processes may call this at once; one prepares and the others wait for it.
@@ -64,6 +64,7 @@ def prepare_corpus(data_args, say: Callable[[str], None] = print) -> PreparedCor
             Hugging Face's own cache for downloads; `max_train_documents` reads the first documents alone, before any
             are held out.
         say: called with a line of text now and then.
+        kind: of tokenizer: MASKED or CAUSAL (common/data/tokenizers.py).
     Returns:
         Token files with one sequence per document, without special tokens.
     Raises:
@@ -73,8 +74,8 @@ def prepare_corpus(data_args, say: Callable[[str], None] = print) -> PreparedCor
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     if data_args.dataset_path:
-        return _open_token_files(data_args, cache, say)
-    return _prepare_cached(data_args, cache, say)
+        return _open_token_files(data_args, cache, say, kind)
+    return _prepare_cached(data_args, cache, say, kind)
 
 
 @contextlib.contextmanager
@@ -105,11 +106,13 @@ def _locked(cache: Path, name: str, say):
         lock.release()
 
 
-def _prepare_cached(data_args, cache: Path, say) -> PreparedCorpus:
+def _prepare_cached(data_args, cache: Path, say, kind: TokenizerKind) -> PreparedCorpus:
     source = choose_source(data_args)
-    tokenizer = _named_tokenizer(data_args)
+    tokenizer = _named_tokenizer(data_args, kind)
     fingerprint = tokenizer and tokenizer_fingerprint(tokenizer)
     trained = {"trained_vocab_size": data_args.tokenizer_train_vocab_size}
+    if kind != MASKED:  # whose caches are older than the kinds
+        trained["kind"] = kind.name
     ingredients = {
         "version": VERSION,
         "source": source.identity,
@@ -127,26 +130,26 @@ def _prepare_cached(data_args, cache: Path, say) -> PreparedCorpus:
             say(f"data: reusing {folder} ({source.name})")
         else:
             with _writing(folder):
-                _build(folder, source, tokenizer, ingredients, data_args, say)
+                _build(folder, source, tokenizer, ingredients, data_args, say, kind)
         if tokenizer is None:
-            tokenizer = load_tokenizer(str(folder / "tokenizer"))
+            tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=kind)
             fingerprint = tokenizer_fingerprint(tokenizer)
         train, validation = TokenFile(folder / "train"), TokenFile(folder / "validation")
         _verify_once([train, validation], tokenizer, fingerprint, cache)
     return _prepared(cache, train, validation, tokenizer, fingerprint, folder, source.name)
 
 
-def _named_tokenizer(data_args):
+def _named_tokenizer(data_args, kind: TokenizerKind):
     if not data_args.tokenizer_name:
         return None
-    return load_tokenizer(data_args.tokenizer_name, data_args.cache_dir, data_args.trust_remote_code)
+    return load_tokenizer(data_args.tokenizer_name, data_args.cache_dir, data_args.trust_remote_code, kind)
 
 
 def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _build(folder: Path, source: Source, tokenizer, ingredients: dict, data_args, say) -> None:
+def _build(folder: Path, source: Source, tokenizer, ingredients: dict, data_args, say, kind: TokenizerKind) -> None:
     """Prepare `folder` whole under another name, then rename it."""
     began = time.monotonic()
     say(f"data: preparing {source.name} in {folder}")
@@ -156,7 +159,7 @@ def _build(folder: Path, source: Source, tokenizer, ingredients: dict, data_args
     try:
         parts = source.open()
         if tokenizer is None:
-            tokenizer = _train_tokenizer(parts, data_args, say)
+            tokenizer = _train_tokenizer(parts, data_args, say, kind)
         tokenizer.save_pretrained(unfinished / "tokenizer")
         _write_token_files(unfinished, parts, tokenizer, data_args, say)
         (unfinished / "corpus.json").write_text(json.dumps({"name": source.name, **ingredients}, indent=2) + "\n")
@@ -168,7 +171,7 @@ def _build(folder: Path, source: Source, tokenizer, ingredients: dict, data_args
     say(f"data: prepared in {time.monotonic() - began:.1f} s")
 
 
-def _train_tokenizer(parts, data_args, say):
+def _train_tokenizer(parts, data_args, say, kind: TokenizerKind):
     began = time.monotonic()
     sample, size = [], 0
     for held_out, document in labelled_documents(data_args, parts, BadRecords(data_args.max_bad_records)):
@@ -179,9 +182,9 @@ def _train_tokenizer(parts, data_args, say):
             break
     if not sample:
         raise UserError(NO_DOCUMENTS)
-    tokenizer = train_wordpiece(sample, data_args.tokenizer_train_vocab_size)
+    tokenizer = kind.train(sample, data_args.tokenizer_train_vocab_size)
     say(
-        f"data: trained a WordPiece vocabulary of {len(tokenizer):,} on {size / 1e6:.1f} MB of text "
+        f"data: trained a {kind.name} of {len(tokenizer):,} on {size / 1e6:.1f} MB of text "
         f"in {time.monotonic() - began:.1f} s"
     )
     return tokenizer
@@ -238,7 +241,9 @@ def _write_token_files(folder: Path, parts, tokenizer, data_args, say) -> None:
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "vocab_size": vocab_size,
             "special_ids": {
-                name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")
+                role: number
+                for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+                if (number := getattr(tokenizer, f"{role}_token_id")) is not None
             },
         }
         train.finish(metadata)
@@ -256,21 +261,21 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_token_files(data_args, cache: Path, say) -> PreparedCorpus:
+def _open_token_files(data_args, cache: Path, say, kind: TokenizerKind) -> PreparedCorpus:
     """Use token files that lie elsewhere: a folder with train and perhaps validation, or a prefix."""
     path = Path(data_args.dataset_path).expanduser()
     if path.suffix in (".bin", ".idx"):
         path = path.with_suffix("")
     prefix = path / "train" if path.is_dir() else path
     train = TokenFile(prefix)
-    tokenizer = _named_tokenizer(data_args)
+    tokenizer = _named_tokenizer(data_args, kind)
     if tokenizer is None:
         folder = prefix.parent / "tokenizer"
         if not folder.is_dir():
             raise UserError(
                 f"--dataset_path {path}: has no tokenizer folder; name its tokenizer with --tokenizer_name"
             )
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), kind=kind)
     fingerprint = tokenizer_fingerprint(tokenizer)
     own_validation = path.is_dir() and (path / "validation.bin").exists()
     parts = [train, TokenFile(path / "validation")] if own_validation else [train]

@@ -1,19 +1,19 @@
-"""Tokenizers: load one from wherever it lies, or train a WordPiece vocabulary on the data."""
+"""Tokenizers: load one from wherever it lies, or train one on the data."""
 
 import hashlib
 import json
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.data.bpe import bare_files, load_bare_files, train_byte_level_bpe
 from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
+from common.data.wordpiece import load_vocab_file, train_wordpiece
 from common.errors import UserError
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-NEEDED = ("cls", "sep", "pad", "mask")  # masked language modelling works with no less
 # What these tokens are called in the tokenizer.json files in circulation, where nothing beside the file says it.
 USUAL_NAMES = {
     "pad_token": ("[PAD]", "<pad>"),
@@ -21,37 +21,64 @@ USUAL_NAMES = {
     "cls_token": ("[CLS]", "<s>", "<cls>"),
     "sep_token": ("[SEP]", "</s>", "<sep>"),
     "mask_token": ("[MASK]", "<mask>"),
+    "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
 }
-MAX_ALPHABET = 1000  # characters; rarer ones become [UNK], as in BERT's own vocabularies
-MIN_VOCAB_SIZE = 100
 
 
-def load_tokenizer(name_or_path: str, cache_dir: str | None = None, trust_remote_code: bool = False):
+@dataclass(frozen=True)
+class TokenizerKind:
+    """What a training objective asks of a tokenizer.
+
+    Args:
+        name: of what is trained on the data.
+        needed: special tokens that it works with no less than, without "_token".
+        wanted: one phrase for people, what to give.
+        train: function of documents and an upper limit of the vocabulary's size, that returns a tokenizer.
+    """
+
+    name: str
+    needed: tuple[str, ...]
+    wanted: str
+    train: Callable
+
+
+MASKED = TokenizerKind("WordPiece vocabulary", ("cls", "sep", "pad", "mask"), "a BERT-like tokenizer", train_wordpiece)
+CAUSAL = TokenizerKind(
+    "byte-level BPE vocabulary", ("eos",), "a tokenizer with an end-of-text token", train_byte_level_bpe
+)
+
+
+def load_tokenizer(
+    name_or_path: str, cache_dir: str | None = None, trust_remote_code: bool = False, kind: TokenizerKind = MASKED
+):
     """Load a tokenizer with a fast (Rust) backend.
 
     Args:
-        name_or_path: a name on the hub, a folder, a tokenizer.json, or a WordPiece vocab.txt (alone in a folder, too).
+        name_or_path: a name on the hub, a folder, a tokenizer.json, or a WordPiece vocab.txt (alone in a folder, too);
+            or a folder with the vocab.json and merges.txt of a byte-level BPE.
         cache_dir: where downloads are kept; None for Hugging Face's own cache.
         trust_remote_code: whether code that comes with the tokenizer may run.
+        kind: what it is for.
     Returns:
-        A PreTrainedTokenizerFast that has cls, sep, pad and mask tokens.
+        A PreTrainedTokenizerFast that has the special tokens its kind needs.
     Raises:
         UserError: it cannot be found or read, or lacks one of these tokens.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and not (path / "tokenizer_config.json").exists():
-        # A bare file in a folder; with a tokenizer_config.json beside it, transformers knows what to do.
-        files = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
-        path = files[0] if files else path
+    bare = path.is_dir() and not (path / "tokenizer_config.json").exists()  # with it, transformers knows what to do
+    if bare:
+        path = next((path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()), path)
     if path.is_file() and path.suffix == ".txt":
-        tokenizer = _from_vocab_file(path)
+        tokenizer = load_vocab_file(path)
     elif path.is_file() and not (path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists()):
-        tokenizer = _from_tokenizer_file(path)
+        tokenizer = _from_tokenizer_file(path, kind.needed)
+    elif bare and (files := bare_files(path)):
+        tokenizer = load_bare_files(*files)
     else:
         tokenizer = _from_pretrained(path.parent if path.is_file() else name_or_path, cache_dir, trust_remote_code)
-    missing = [f"{name}_token" for name in NEEDED if getattr(tokenizer, f"{name}_token_id") is None]
+    missing = [f"{name}_token" for name in kind.needed if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
-        raise UserError(f"--tokenizer_name {name_or_path}: has no {', '.join(missing)}; give a BERT-like tokenizer")
+        raise UserError(f"--tokenizer_name {name_or_path}: has no {', '.join(missing)}; give {kind.wanted}")
     return tokenizer
 
 
@@ -62,7 +89,7 @@ def _from_pretrained(name_or_path, cache_dir: str | None, trust_remote_code: boo
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), cache_dir=cache_dir, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--tokenizer_name {name_or_path}: cannot be loaded ({reason}); check the name, or give a local folder, "
@@ -73,7 +100,7 @@ def _from_pretrained(name_or_path, cache_dir: str | None, trust_remote_code: boo
     return tokenizer
 
 
-def _from_tokenizer_file(path: Path):
+def _from_tokenizer_file(path: Path, needed: tuple[str, ...]):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -82,95 +109,12 @@ def _from_tokenizer_file(path: Path):
     except Exception as error:  # the Rust library raises nothing narrower
         raise UserError(f"--tokenizer_name {path}: not a tokenizer.json ({error}); check the file") from error
     names = {
-        role: [name for name in usual if backend.token_to_id(name) is not None] for role, usual in USUAL_NAMES.items()
+        role: [name for name in usual if backend.token_to_id(name) is not None]
+        for role, usual in USUAL_NAMES.items()
+        if role.removesuffix("_token") in ("pad", "unk", *needed)
     }
     specials = {role: found[0] for role, found in names.items() if found}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
-
-
-def _from_vocab_file(path: Path):
-    try:
-        tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--tokenizer_name {path}: not UTF-8 text; a vocab.txt has one token per line") from error
-    tokens = [token.rstrip("\r") for token in tokens]
-    repeated = [token for token, count in Counter(tokens).items() if count > 1]
-    if repeated:
-        raise UserError(f"--tokenizer_name {path}: {repeated[0]!r} stands on more than one line; correct the file")
-    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
-    if missing:
-        raise UserError(f"--tokenizer_name {path}: has no {', '.join(missing)}; give a BERT vocabulary")
-    uncased = not any(
-        token != token.lower() for token in tokens if not (token.startswith("[") and token.endswith("]"))
-    )
-    return wordpiece_tokenizer(tokens, lowercase=uncased)
-
-
-def wordpiece_tokenizer(tokens: list[str], lowercase: bool):
-    """Make a stock BERT tokenizer of a vocabulary.
-
-    Args:
-        tokens: the vocabulary; a token's position is its id. Holds [PAD], [UNK], [CLS], [SEP] and [MASK].
-        lowercase: whether text is put into lower case and stripped of its accents.
-    Returns:
-        A transformers BertTokenizer without a maximum length.
-    """
-    from transformers import BertTokenizer
-
-    # The vocabulary as a dict: with vocab_file=, transformers 5 takes no notice of the file.
-    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, do_lower_case=lowercase)
-
-
-def train_wordpiece(documents: Iterable[str], vocab_size: int):
-    """Train an uncased WordPiece tokenizer; the same documents give the same one.
-
-    Args:
-        documents: texts; all are held in memory.
-        vocab_size: upper limit of the number of tokens; little text yields fewer.
-    Returns:
-        A transformers BertTokenizer with [PAD], [UNK], [CLS], [SEP], [MASK] as ids 0 to 4.
-    Raises:
-        UserError: the vocabulary size is too small.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"--tokenizer_train_vocab_size {vocab_size}: too small; give at least {MIN_VOCAB_SIZE}")
-    documents = list(documents)
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(documents, tokenizer.normalizer, min(MAX_ALPHABET, vocab_size // 4))
-    # The trainer breaks ties by id and gives ids to "##a", "##b", … in the order of a hash table, which differs
-    # from run to run. Handing them over as special tokens fixes their ids.
-    inner = ["##" + character for character in alphabet if _can_continue(character, tokenizer.pre_tokenizer)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS + inner,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    vocab = tokenizer.get_vocab()
-    return wordpiece_tokenizer(sorted(vocab, key=vocab.get), lowercase=True)
-
-
-def _alphabet(documents: list[str], normalizer, limit: int) -> list[str]:
-    """The most frequent characters after normalising, sorted."""
-    raw, counts = Counter(), Counter()
-    for document in documents:
-        raw.update(document)
-    for character, count in raw.items():
-        for normal in normalizer.normalize_str(character):
-            counts[normal] += count
-    frequent = sorted(counts, key=lambda character: (-counts[character], character))
-    return sorted(character for character in frequent[:limit] if not character.isspace())
-
-
-def _can_continue(character: str, pre_tokenizer) -> bool:
-    """Whether a character is ever inside a word; punctuation is a word of its own."""
-    return len(pre_tokenizer.pre_tokenize_str("a" + character)) == 1
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

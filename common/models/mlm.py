@@ -3,31 +3,18 @@
 B batch, S sequence, k masked positions in a row, H hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
-from transformers.utils import ModelOutput
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError
 from common.models.attention import compute_dtype, same_document_mask
-from common.models.cross_entropy import linear_cross_entropy
+from common.models.head_loss import head_loss
 from common.models.layers import make_fast, use_attention
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
-
-
-@dataclass
-class MaskedLMLoss(ModelOutput):
-    """loss: scalar, divided as the batch says; correct: [B, k] bool, only outside training."""
-
-    loss: torch.FloatTensor | None = None
-    losses: torch.FloatTensor | None = None
-    correct: torch.BoolTensor | None = None
 
 
 class MaskedPositionsMixin:
@@ -47,7 +34,7 @@ class MaskedPositionsMixin:
             loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
                 so that the mean over micro-batches is the loss of the global batch however it was cut.
         Returns:
-            MaskedLMLoss; outside training also `losses` [B, k] float32 and `correct` [B, k] bool.
+            HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
         mask = mask_of_masked = None
         if self.packs_documents:
@@ -62,17 +49,7 @@ class MaskedPositionsMixin:
         if hasattr(self.base_model.encoder, "ln"):  # of the pre-norm family
             hidden = self.base_model.encoder.ln(hidden)
         hidden = self.cls.predictions.transform(hidden).flatten(0, 1)
-        decoder, labels, weights = self.cls.predictions.decoder, masked_labels.flatten(), masked_weights.flatten()
-        if self.training:
-            weights = weights / loss_denominator
-            return MaskedLMLoss(loss=linear_cross_entropy(hidden, decoder.weight, decoder.bias, labels, weights))
-        logits = decoder(hidden).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return MaskedLMLoss(
-            loss=(losses * weights).sum() / loss_denominator,
-            losses=losses.view_as(masked_weights),
-            correct=logits.argmax(-1).view_as(masked_labels) == masked_labels,
-        )
+        return head_loss(self, hidden, masked_labels, masked_weights, loss_denominator)
 
     def _embed(self, input_ids, position_ids):
         embeddings = self.base_model.embeddings

@@ -1,0 +1,189 @@
+"""Causal language models: any stock transformers class, with a loss that never holds the logits of all positions.
+
+B batch, S sequence, H hidden size, V vocabulary.
+"""
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.data.tokenizers import vocabulary_size
+from common.errors import UserError
+from common.models.attention import compute_dtype
+from common.models.head_loss import head_loss
+from common.models.presets import OPT_SIZES, opt_shape
+
+BLOCK_SIZE = 1024  # Hugging Face's default, where the model has as many positions
+VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
+PROBED_TOKENS, PROBE_TOLERANCE = 8, 1e-4  # of the test whether a head is just a matrix product
+
+
+class ChunkedLossMixin:
+    """Gives a stock causal language model a forward pass that takes packed rows and returns the loss alone."""
+
+    packs_documents = False  # rows hold several documents that must not see each other
+
+    def forward(self, input_ids, position_ids, document_ids, labels, weights, loss_denominator):
+        """Loss of a micro-batch.
+
+        Args:
+            input_ids, position_ids, document_ids: [B, S] int64.
+            labels: [B, S] int64: the next token; weights: [B, S] float32: 1, or 0 where there is none.
+            loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
+                so that the mean over micro-batches is the loss of the global batch however it was cut.
+        Returns:
+            common.models.head_loss.HeadLoss.
+        """
+        mask = earlier_in_document(document_ids, compute_dtype(input_ids.device)) if self.packs_documents else None
+        output = self.base_model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        return head_loss(self, output.last_hidden_state.flatten(0, 1), labels, weights, loss_denominator)
+
+
+def earlier_in_document(document_ids, dtype):
+    """What to add to the scores in packed rows, so that positions attend to what precedes them in their document.
+
+    Args:
+        document_ids: [B, S], integers, 0 = padding (which attends to padding).
+        dtype: of the scores.
+    Returns:
+        [B, 1, S, S] of dtype: 0 where attended to, the lowest finite number elsewhere.
+    """
+    other = document_ids[:, :, None] != document_ids[:, None, :]
+    other |= torch.ones_like(other[0]).triu(1)
+    mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
+    return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
+
+
+def causal_config(model_args, cache_dir=None):
+    """The configuration of a run's model: of existing weights, of a file, or of a family with a size.
+
+    Args:
+        model_args: common.clm_arguments.CausalModelArguments; cache_dir: for downloads, None = the hub's own.
+    Returns:
+        a transformers configuration.
+    Raises:
+        UserError: it cannot be loaded, or has no such setting.
+    """
+    name = model_args.model_name_or_path or model_args.config_name
+    hub = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    if name:
+        flag = "--model_name_or_path" if model_args.model_name_or_path else "--config_name"
+        try:
+            config = AutoConfig.from_pretrained(name, **hub)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{flag} {name} cannot be loaded ({_first_line(error)}): give a folder or a name"
+            ) from error
+    else:
+        try:
+            shape = opt_shape(model_args.model_size) if model_args.model_size in OPT_SIZES else {}
+            config = AutoConfig.for_model(model_args.model_type, **shape)
+        except ValueError as error:
+            raise UserError(f"--model_type {model_args.model_type} is unknown to transformers: try opt") from error
+    if model_args.config_overrides:
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except (ValueError, TypeError) as error:
+            fault = f"{_first_line(error)}: give name=value,name=value with names of {type(config).__name__}"
+            raise UserError(f"--config_overrides {model_args.config_overrides}: {fault}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not model_args.trust_remote_code:
+        raise UserError(f"a {config.model_type} is no causal language model: give one of those, as opt, gpt2 or llama")
+    return config
+
+
+def row_length(config, block_size):
+    """Tokens in a row: what is asked for, or what Hugging Face's run_clm takes.
+
+    Raises:
+        UserError: more than the model has positions.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or BLOCK_SIZE
+    if block_size is None:
+        return min(BLOCK_SIZE, positions)
+    if hasattr(config, "max_position_embeddings") and block_size > positions:
+        raise UserError(f"--block_size {block_size} is above the model's {positions} positions: shorten the rows")
+    return block_size
+
+
+def build_causal_lm(model_args, data_args, config):
+    """Build the model of a run, with random weights or from existing ones.
+
+    Args:
+        model_args, data_args: common.clm_arguments; config: what causal_config returned, with its vocabulary fitted.
+    Returns:
+        a stock transformers model whose forward is ChunkedLossMixin's.
+    Raises:
+        UserError: weights that cannot be loaded or are not whole, a head that is more than a matrix product.
+    """
+    if model_args.model_name_or_path:
+        model = _load(model_args, config, data_args.cache_dir)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stock = type(model)
+    if not _head_is_a_product(model):
+        raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")
+    model.__class__ = type(stock.__name__, (ChunkedLossMixin, stock), {"__module__": __name__})
+    model.packs_documents = data_args.packing == "documents"
+    return model
+
+
+def fit_vocabulary(config, tokenizer, model_args):
+    """Settle the model's vocabulary: its weights' or its family's, or that of a tokenizer larger or far smaller.
+
+    Args:
+        config: changed in place; tokenizer: None leaves it as it is; model_args: as causal_config.
+    Raises:
+        UserError: weights whose embedding knows less than the tokenizer's ids.
+    """
+    if tokenizer is None:
+        return
+    needed = vocabulary_size(tokenizer)
+    if model_args.model_name_or_path:
+        if needed > config.vocab_size:
+            raise UserError(
+                f"--tokenizer_name: the tokenizer has {needed} tokens, the weights in {model_args.model_name_or_path} "
+                f"know {config.vocab_size}: use their own tokenizer"
+            )
+        return
+    if needed > config.vocab_size or config.vocab_size > 2 * needed:
+        config.vocab_size = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def _load(model_args, config, cache_dir):
+    name = model_args.model_name_or_path
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            cache_dir=cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        fault = f"cannot be loaded ({_first_line(error)}): is every file of the weights there, and whole?"
+        raise UserError(f"--model_name_or_path {name} {fault}") from error
+    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if lost:
+        raise UserError(
+            f"--model_name_or_path {name} lacks {sorted(lost)[0]} ({len(lost)} parts): is it a causal language model?"
+        )
+    return model
+
+
+@torch.no_grad()
+def _head_is_a_product(model):
+    """Whether a stock model's logits are its last hidden state times its output embedding, and nothing else."""
+    head, ids = model.get_output_embeddings(), torch.arange(PROBED_TOKENS)[None] % model.config.vocab_size
+    was_training = model.training
+    model.eval()
+    logits = model(ids, use_cache=False).logits
+    product = head(model.base_model(ids, use_cache=False).last_hidden_state)
+    model.train(was_training)
+    return torch.allclose(logits, product, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]

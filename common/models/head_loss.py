@@ -1,0 +1,37 @@
+"""The loss of a language model's head on the positions that a batch names."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from common.models.cross_entropy import linear_cross_entropy, linear_losses
+
+
+@dataclass
+class HeadLoss(ModelOutput):
+    """loss: scalar, divided as the batch says; losses and correct: [B, k] float32 and bool, only outside training."""
+
+    loss: torch.FloatTensor | None = None
+    losses: torch.FloatTensor | None = None
+    correct: torch.BoolTensor | None = None
+
+
+def head_loss(model, hidden, labels, weights, loss_denominator):
+    """Loss of a model's output embedding. B rows, k positions in each, H hidden size.
+
+    Args:
+        model: stock transformers language model; its training mode decides what is computed.
+        hidden: [B * k, H].
+        labels: [B, k] int64; weights: [B, k] float32: 1, or 0 where nothing is predicted.
+        loss_denominator: scalar float32.
+    Returns:
+        HeadLoss.
+    """
+    head = model.get_output_embeddings()
+    if model.training:
+        importance = weights.flatten() / loss_denominator
+        return HeadLoss(loss=linear_cross_entropy(hidden, head.weight, head.bias, labels.flatten(), importance))
+    losses, correct = linear_losses(hidden, head.weight, head.bias, labels.flatten())
+    losses, correct = losses.view_as(weights), correct.view_as(labels)
+    return HeadLoss(loss=(losses * weights).sum() / loss_denominator, losses=losses, correct=correct)

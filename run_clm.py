@@ -35,8 +35,9 @@ from common.data.synthetic import EVAL_ROWS, TRAIN_ROWS, SyntheticRows
 from common.data.tokenizers import CAUSAL as CAUSAL_TOKENIZER
 from common.errors import run_main
 from common.final_report import report
-from common.limit_memory import resident_bytes, set_memory_cap
-from common.memory import Workload, estimate, format_estimate, format_plan, refuse_above_cap
+from common.limit_memory import refuse_above_cap, resident_bytes, set_memory_cap
+from common.memory import Workload, estimate, format_estimate
+from common.memory_plan import format_plan
 from common.models.causal import build_causal_lm, causal_config, fit_vocabulary, row_length
 from common.optimizers import build_optimizer
 from common.report import CAUSAL, write_all_results
@@ -52,7 +53,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     model_args, data_args, args = parse_clm_arguments()
     run_folder.check_run_folder(args)
-    config = causal_config(model_args, data_args.cache_dir)
+    config = causal_config(model_args, data_args)
     data_args.block_size = row_length(config, data_args.block_size)
     if args.dry_run:
         return plan(config, model_args, data_args, args)

@@ -42,7 +42,6 @@ class CausalModelArguments:
     config_overrides: str | None = HfArg(
         default=None, help="Settings of the configuration to change, as name=value,name=value."
     )
-    trust_remote_code: bool = HfArg(default=False, help="Allow code from the hub to run.")
 
 
 @dataclass

@@ -213,7 +213,7 @@ def write_model_card(
     for heading, entries in facts.items():
         rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in entries.items())
         sections += f"\n## {heading}\n\n| | |\n|---|---|\n{rows}\n"
-    table = "\n".join(f"| {name} | {model} | {baseline} |" for name, model, baseline in _results_table(results))
+    table = "\n".join(f"| {name} | {model} | {baseline} |" for name, model, baseline in _results_table(results, kind))
     examples_text = textwrap.indent(_format_examples(examples), "    ")  # indented: code, so nothing needs escaping
     content = f"""---
 library_name: transformers
@@ -279,7 +279,7 @@ def format_summary(
         mfu_formula: how utilisation was computed, with the numbers, or why it is not known.
         kind: of model.
     """
-    table = [f"  {name:<32}{model:>12}{baseline:>20}" for name, model, baseline in _results_table(results)]
+    table = [f"  {name:<32}{model:>12}{baseline:>20}" for name, model, baseline in _results_table(results, kind)]
     trained = (
         f"{results['train_steps']:,} steps, {format_count(results['train_tokens'])} tokens "
         f"in {format_duration(results['train_runtime'])}"
@@ -308,11 +308,12 @@ def format_summary(
     return "\n".join([rule, *lines, rule])
 
 
-def _results_table(results: dict) -> list[tuple[str, str, str]]:
-    return [
-        ("loss (nats)", f"{results['eval_loss']:.3f}", f"{results['unigram_loss']:.3f}"),
-        ("accuracy", f"{results['eval_accuracy']:.1%}", f"{results['unigram_accuracy']:.1%}"),
-    ]
+def _results_table(results: dict, kind: ModelKind) -> list[tuple[str, str, str]]:
+    losses, accuracies = ([results[f"{who}_{what}"] for who in ("eval", "unigram")] for what in ("loss", "accuracy"))
+    table = [("loss (nats)", *(f"{loss:.3f}" for loss in losses)), ("accuracy", *(f"{a:.1%}" for a in accuracies))]
+    if kind is CAUSAL:
+        table.insert(1, ("perplexity", *(f"{math.exp(loss):,.2f}" for loss in losses)))
+    return table
 
 
 def _format_examples(examples: Sequence[FillMaskExample | Continuation]) -> str:

@@ -162,10 +162,11 @@ def save_pretrained(accelerator, model, tokenizer, folder):
     """Write a stock transformers model and its tokenizer. Every process calls it.
 
     Args:
-        model: prepared model; folder: Path.
+        model: prepared model; tokenizer: None where there is none; folder: Path.
     """
     weights = consolidated_weights(accelerator, model)
     if accelerator.is_main_process:
         plain_model(model).save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()

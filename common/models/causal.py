@@ -54,18 +54,18 @@ def earlier_in_document(document_ids, dtype):
     return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
 
 
-def causal_config(model_args, cache_dir=None):
+def causal_config(model_args, data_args):
     """The configuration of a run's model: of existing weights, of a file, or of a family with a size.
 
     Args:
-        model_args: common.clm_arguments.CausalModelArguments; cache_dir: for downloads, None = the hub's own.
+        model_args, data_args: common.clm_arguments.CausalModelArguments, CausalDataArguments.
     Returns:
         a transformers configuration.
     Raises:
         UserError: it cannot be loaded, or has no such setting.
     """
     name = model_args.model_name_or_path or model_args.config_name
-    hub = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    hub = {"cache_dir": data_args.cache_dir, "trust_remote_code": data_args.trust_remote_code}
     if name:
         flag = "--model_name_or_path" if model_args.model_name_or_path else "--config_name"
         try:
@@ -86,7 +86,7 @@ def causal_config(model_args, cache_dir=None):
         except (ValueError, TypeError) as error:
             fault = f"{_first_line(error)}: give name=value,name=value with names of {type(config).__name__}"
             raise UserError(f"--config_overrides {model_args.config_overrides}: {fault}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not model_args.trust_remote_code:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not data_args.trust_remote_code:
         raise UserError(f"a {config.model_type} is no causal language model: give one of those, as opt, gpt2 or llama")
     return config
 
@@ -116,7 +116,7 @@ def build_causal_lm(model_args, data_args, config):
         UserError: weights that cannot be loaded or are not whole, a head that is more than a matrix product.
     """
     if model_args.model_name_or_path:
-        model = _load(model_args, config, data_args.cache_dir)
+        model = _load(model_args.model_name_or_path, data_args, config)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     stock = type(model)
@@ -151,15 +151,14 @@ def fit_vocabulary(config, tokenizer, model_args):
         setattr(config, name, getattr(tokenizer, name))
 
 
-def _load(model_args, config, cache_dir):
-    name = model_args.model_name_or_path
+def _load(name, data_args, config):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
-            cache_dir=cache_dir,
-            trust_remote_code=model_args.trust_remote_code,
+            cache_dir=data_args.cache_dir,
+            trust_remote_code=data_args.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -10,8 +10,7 @@ from common.models.footprint import footprint
 GB = 1e9
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers that an optimizer keeps for each parameter; others: as AdamW
 ORTHOGONALIZED = 4  # copies of the largest stack of equal matrices while Muon updates it
-# Of a CPU's parts together, what lies between them in pieces that fit nothing; measured by benchmarks/bench_memory.py.
-HEAP_SHARE = 0.08
+HEAP_SHARE = 0.1  # of the activations: gaps between them in a CPU's heap; see benchmarks/bench_memory.py
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,9 @@ def estimate(workload, libraries=0, footprint=None):
     }
     transient = sum(parts[name] for name in ("gradients", "update", "activations", "logits"))
     if workload.device == "cpu":
-        ends = {"libraries": libraries, "allocator": int(HEAP_SHARE * sum(parts.values())), "apart": 0}
+        # a tied embedding's own gradient, which is added to the head's, leaves a gap too
+        gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0)
+        ends = {"libraries": libraries, "allocator": gaps, "apart": 0}
     else:
         ends = {"libraries": 0, "allocator": 0, "apart": max(moments) - transient}
     return MemoryEstimate(**parts, **ends, host=host)

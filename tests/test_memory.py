@@ -162,8 +162,9 @@ def test_parts_by_hand():
     positions, hidden, vocabulary = 8 * 512, 2048, 50272
     assert parts.logits == 2 * 4 * (vocabulary * hidden + positions * hidden)  # gradients of both, and scaled
     assert parts.libraries == 3 and parts.update == 0
-    names = ("parameters", "gradients", "optimizer", "activations", "logits")
-    assert parts.total - 3 == pytest.approx(1.08 * sum(getattr(parts, name) for name in names))
+    names = ("parameters", "gradients", "optimizer", "activations", "logits", "allocator")
+    assert parts.total == 3 + sum(getattr(parts, name) for name in names)
+    assert parts.allocator == 4 * vocabulary * hidden + parts.activations // 10
 
 
 def test_on_a_gpu_the_peak_is_the_largest_moment():

@@ -36,8 +36,9 @@ def format_plan(workload, name):
             f"parameters: {model.parameters:,}",
             f"weights: {4 * model.parameters / GB:,.2f} GB in fp32, {2 * model.parameters / GB:,.2f} GB in bf16",
             f"memory of each of {workload.ranks} GPU(s) in GB, {workload.precision}, {workload.optimizer_type}, "
-            f"{workload.rows} rows of {workload.seq_length} tokens{checkpointing}; host: with the optimizer state "
-            f"offloaded; cards: at least so many of {CARD_GB} GB, a power of two:",
+            f"{workload.rows} rows of {workload.seq_length} tokens{checkpointing}",
+            "(apart: parts that are not there at the same time; host: optimizer state offloaded to the host's memory; "
+            f"cards: the least number of {CARD_GB} GB, a power of two)",
             *_aligned([["strategy", *COLUMNS, "cards"], *rows]),
         ]
     )

@@ -32,7 +32,7 @@ def format_plan(workload, name):
         [
             f"{name}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
             f"{config.num_attention_heads} heads, feed-forward {feed_forward_size(config)}, "
-            f"vocabulary {config.vocab_size}, {config.max_position_embeddings} positions",
+            f"vocabulary {config.vocab_size}, {getattr(config, 'max_position_embeddings', 'any number of')} positions",
             f"parameters: {model.parameters:,}",
             f"weights: {4 * model.parameters / GB:,.2f} GB in fp32, {2 * model.parameters / GB:,.2f} GB in bf16",
             f"memory of each of {workload.ranks} GPU(s) in GB, {workload.precision}, {workload.optimizer_type}, "

@@ -48,7 +48,7 @@ read_arguments() {
     name=${positional[2]:-}
     if [[ $name == 6.7 ]]; then
         size=6.7b
-    elif [[ $name =~ ^[0-9.]+[bm]?$ ]]; then
+    elif [[ $name =~ ^[0-9][0-9.]*[bm]?$ ]]; then
         size=$name # of an unknown one, run_clm.py says which are known
     elif [[ -n $name ]]; then
         flags+=(--model_name_or_path "$name")

@@ -16,7 +16,7 @@
 set -euo pipefail
 
 scripts=$(dirname "${BASH_SOURCE[0]}")
-usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 source "$scripts/clm_arguments.sh"
 read_arguments "$@"
 

@@ -48,12 +48,17 @@ def load_bare_files(vocab_file: Path, merges_file: Path):
 
     try:
         vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
-        BPE(vocab, merges)
     except Exception as error:  # the Rust library raises nothing narrower
         raise UserError(
-            f"--tokenizer_name {vocab_file.parent}: {vocab_file.name} and {merges_file.name} cannot be used "
-            f"({error}); check that both are whole and of one tokenizer"
+            f"--tokenizer_name {vocab_file.parent}: {vocab_file.name} or {merges_file.name} cannot be read ({error}); "
+            "give the whole files"
         ) from error
+    for first, second in merges:  # the Rust library ends in a panic
+        if not {first, second, first + second} <= vocab.keys():
+            raise UserError(
+                f"--tokenizer_name {merges_file}: merges {first!r} and {second!r}, of which "
+                f"{vocab_file.name} does not know all; give the two files of one tokenizer"
+            )
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(
             f"--tokenizer_name {vocab_file}: its ids are not 0 to {len(vocab) - 1}, each once; give the whole file"

@@ -89,7 +89,7 @@ def _from_pretrained(name_or_path, cache_dir: str | None, trust_remote_code: boo
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), cache_dir=cache_dir, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--tokenizer_name {name_or_path}: cannot be loaded ({reason}); check the name, or give a local folder, "

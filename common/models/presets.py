@@ -1,7 +1,10 @@
 """Named model shapes.
 
-Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BERT base/large (Devlin et al. 2019).
+Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BERT base/large (Devlin et al. 2019); OPT
+(Zhang et al. 2022, arXiv:2205.01068, table 1).
 """
+
+from common.errors import UserError
 
 HEAD_SIZE = 64
 
@@ -13,6 +16,20 @@ MODEL_SIZES = {  # layers, hidden size; every preset has heads of 64 and a feed-
     "base": (12, 768),
     "large": (24, 1024),
 }
+
+OPT_SIZES = {  # layers, hidden size, heads; the feed-forward layer is four times as wide
+    "125m": (12, 768, 12),
+    "350m": (24, 1024, 16),
+    "1.3b": (24, 2048, 32),
+    "2.7b": (32, 2560, 32),
+    "6.7b": (32, 4096, 32),
+    "13b": (40, 5120, 40),
+    "30b": (48, 7168, 56),
+    "66b": (64, 9216, 72),
+    "175b": (96, 12288, 96),
+}
+OPT_ALIASES = {"6.7": "6.7b"}
+OPT_VOCABULARY, OPT_POSITIONS = 50272, 2048
 
 
 def model_shape(size, num_hidden_layers=None, hidden_size=None, num_attention_heads=None, intermediate_size=None):
@@ -32,4 +49,31 @@ def model_shape(size, num_hidden_layers=None, hidden_size=None, num_attention_he
         "hidden_size": hidden,
         "num_attention_heads": num_attention_heads or max(1, hidden // HEAD_SIZE),
         "intermediate_size": intermediate_size or 4 * hidden,
+    }
+
+
+def opt_shape(size):
+    """The shape of a published OPT model.
+
+    Args:
+        size: a name in OPT_SIZES, or an alias of one.
+    Returns:
+        dict of keyword arguments of transformers.OPTConfig.
+    Raises:
+        UserError: an unknown size; the message lists the known ones.
+    """
+    size = OPT_ALIASES.get(size, size)
+    if size not in OPT_SIZES:
+        raise UserError(f"no OPT model of size '{size}': choose {', '.join(OPT_SIZES)}")
+    layers, hidden, heads = OPT_SIZES[size]
+    odd = size == "350m"  # norms after the blocks, and word vectors of half the width, which are projected
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+        "vocab_size": OPT_VOCABULARY,
+        "max_position_embeddings": OPT_POSITIONS,
+        "word_embed_proj_dim": hidden // 2 if odd else hidden,
+        "do_layer_norm_before": not odd,
     }

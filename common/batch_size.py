@@ -1,12 +1,10 @@
 """The cut of the global batch into micro-batches, and what to do when a device is full."""
 
-import ctypes
-import platform
-
 import torch
 from accelerate.utils.memory import clear_device_cache
 
 from common.errors import DEVICE_FULL, UserError, is_out_of_memory
+from common.memory_settings import give_back_memory
 
 
 def cut_global_batch(train_batch_size, per_device, ranks):
@@ -46,18 +44,13 @@ def find_batch_size(accelerator, model, try_batch, per_device, agree_max):
     while True:
         fits = _fits(accelerator, model, try_batch, per_device)
         model.zero_grad(set_to_none=True)
-        _give_back_memory()
+        clear_device_cache(garbage_collection=True)
+        give_back_memory()
         if not agree_max([float(not fits)])[0]:
             return per_device
         if per_device % 2:
             raise UserError(f"--per_device_train_batch_size {per_device} does not fit: {DEVICE_FULL}")
         per_device //= 2
-
-
-def _give_back_memory():
-    clear_device_cache(garbage_collection=True)
-    if platform.libc_ver()[0] == "glibc":  # which keeps what was freed, in pieces too small for the next try
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fits(accelerator, model, try_batch, per_device):

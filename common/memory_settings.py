@@ -7,6 +7,7 @@ imported here, so that a restart costs some hundredths of a second.
     python common/memory_settings.py command...     # runs a command with them
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -36,6 +37,12 @@ def restart_with_memory_settings():
         return
     os.environ.update(missing)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def give_back_memory():
+    """Return to the system what was freed, which glibc keeps in pieces that may be too small for what comes next."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_turned_off(words):

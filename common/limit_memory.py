@@ -1,0 +1,126 @@
+"""The memory cap: what would fit below it, said before a run, and the cap in force during one."""
+
+import copy
+import resource
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+from common.memory import GB, estimate
+from common.memory_settings import give_back_memory
+from common.models.presets import MODEL_SIZES, OPT_SIZES, model_shape, opt_shape
+from common.parallel.configs import sharding_configs
+
+CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
+PRESETS = {  # of a model type: its sizes, the smallest first, and a size's shape
+    "opt": (OPT_SIZES, opt_shape),
+    "bert": (MODEL_SIZES, model_shape),
+    "megatron-bert": (MODEL_SIZES, model_shape),
+}
+
+
+def refuse_above_cap(workload, expected, cap_gb, configs=CONFIGS):
+    """Raise where an estimate is above the cap, with one line that names what would fit.
+
+    Args:
+        workload: common.memory.Workload.
+        expected: its MemoryEstimate.
+        cap_gb: GB of 1e9 bytes per process; 0 or None: no cap.
+        configs: folder of accelerate YAMLs to choose from.
+    Raises:
+        UserError: the estimate is above the cap.
+    """
+    if not cap_gb or expected.total <= cap_gb * GB:
+        return
+    footprint, least = workload.footprint(), expected.total
+    remedy = "raise it"
+    for changed, flags in _remedies(workload, Path(configs)):
+        total = estimate(changed, expected.libraries, footprint if changed.config is workload.config else None).total
+        if total <= cap_gb * GB:
+            remedy = f"{flags} would fit ({total / GB:.2f} GB)"
+            break
+        if total < least:
+            least, remedy = total, f"raise it to {total / GB:.2f} GB at least, which takes {flags}"
+    raise UserError(
+        f"the memory cap of {cap_gb:g} GB is too small: a process needs about {expected.total / GB:.2f} GB for "
+        f"{workload.rows} rows of {workload.seq_length} tokens; {remedy}"
+    )
+
+
+def _remedies(workload, configs):
+    """What to try, in this order: (Workload, the flags that make it)."""
+    checkpointed = replace(workload, gradient_checkpointing=True)
+    flag = "" if workload.gradient_checkpointing else " --gradient_checkpointing"
+    halves = [workload.rows >> n for n in range(1, workload.rows.bit_length())]
+    for rows in halves:
+        yield replace(workload, rows=rows), f"--per_device_train_batch_size {rows}"
+    if flag:
+        yield checkpointed, flag.strip()
+        for rows in halves:
+            yield replace(checkpointed, rows=rows), f"--per_device_train_batch_size {rows}{flag}"
+    least, flags = replace(checkpointed, rows=1), f" --per_device_train_batch_size 1{flag}"
+    for path, strategy in sharding_configs(configs):
+        launch = f"accelerate launch --config_file {path}"
+        yield replace(workload, **strategy), launch
+        yield replace(least, **strategy), f"{launch} with{flags}"
+    for base, more in ((workload, ""), (least, flags)):
+        for size, config in _smaller_models(workload.config):
+            yield replace(base, config=config), f"--model_size {size}{more}"
+
+
+def _smaller_models(config):
+    """The presets of this model's type that are smaller than it, the largest first: (size, configuration)."""
+    sizes, shape_of = PRESETS.get(config.model_type, ({}, None))
+    for size, (layers, hidden, *_) in reversed(sizes.items()):
+        if layers * hidden**2 < config.num_hidden_layers * config.hidden_size**2:
+            smaller = copy.deepcopy(config)
+            smaller.update(shape_of(size) | {"vocab_size": config.vocab_size})
+            yield size, smaller
+
+
+def set_memory_cap(cap_gb, device):
+    """Put a cap in force: on a GPU in the allocator, on a CPU by a look at the process's memory after each step.
+
+    Args:
+        cap_gb: GB of 1e9 bytes per process; 0 or None: no cap.
+        device: torch.device.
+    Returns:
+        function without arguments, to be called once in a step; it raises UserError when a process on a CPU has held
+        more than the cap.
+    """
+    if cap_gb and device.type == "cuda":  # what is above it raises the allocator's own error
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * GB / capacity), device)
+    return partial(_check, cap_gb) if cap_gb and device.type == "cpu" else lambda: None
+
+
+def _check(cap_gb):
+    peak = peak_resident_bytes()
+    if peak > cap_gb * GB:
+        raise UserError(
+            f"the process has held {peak / GB:.2f} GB, above the memory cap of {cap_gb:g} GB: halve "
+            "--per_device_train_batch_size, add --gradient_checkpointing, or raise the cap"
+        )
+
+
+def resident_bytes():
+    """Bytes of memory that this process holds now, without what it has freed and could use again."""
+    give_back_memory()
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes():
+    """Most bytes of memory that this process has held since it began to run its program."""
+    # what getrusage says may be the parent's, from before the program was started
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name):
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+    except OSError:  # no Linux
+        return None

@@ -1,0 +1,212 @@
+"""How much memory a run needs, by parts, before anything is allocated."""
+
+from dataclasses import dataclass, fields
+
+from transformers import PreTrainedConfig
+
+from common.models.cross_entropy import chunk_size
+from common.models.footprint import footprint
+
+GB = 1e9
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers that an optimizer keeps for each parameter; others: as AdamW
+ORTHOGONALIZED = 4  # copies of the largest stack of equal matrices while Muon updates it
+# Of a CPU's parts together, what lies between them in pieces that fit nothing; measured by benchmarks/bench_memory.py.
+HEAP_SHARE = 0.08
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What is cut over the processes, and whether an engine keeps fp32 master weights beside those it computes with.
+
+    Source: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.
+    """
+
+    optimizer: bool = False
+    gradients: bool = False
+    parameters: bool = False
+    master_weights: bool = False
+
+
+STRATEGIES = {
+    "ddp": Strategy(),  # a single process too
+    "zero1": Strategy(optimizer=True, master_weights=True),
+    "zero2": Strategy(optimizer=True, gradients=True, master_weights=True),
+    "zero3": Strategy(optimizer=True, gradients=True, parameters=True, master_weights=True),
+    "fsdp": Strategy(optimizer=True, gradients=True, parameters=True),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a process is to train.
+
+    config: transformers configuration. rows: in a micro-batch; seq_length: tokens in a row. precision: "fp32", "bf16"
+    or "fp16". optimizer_type: as --optimizer_type; momentum: whether an SGD has one. strategy: a name in STRATEGIES;
+    ranks: processes; offload: optimizer state in the host's memory. accumulation: micro-batches in a step. head:
+    "causal", or "masked" with `targets` predicted positions in a row. packed: a mask keeps the documents of a row
+    apart. attention: path in transformers' interface. device: "cpu" or "cuda".
+    """
+
+    config: PreTrainedConfig
+    rows: int
+    seq_length: int
+    precision: str = "fp32"
+    optimizer_type: str = "adamw"
+    momentum: bool = False
+    strategy: str = "ddp"
+    ranks: int = 1
+    offload: bool = False
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    head: str = "causal"
+    targets: int | None = None
+    packed: bool = False
+    attention: str = "sdpa"
+    device: str = "cpu"
+
+    def footprint(self):
+        """Returns: common.models.footprint.Footprint, the same whatever the rows, the strategy and the optimizer."""
+        shape = (self.config, self.seq_length, self.precision, self.head, self.targets, self.packed, self.attention)
+        return footprint(*shape)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a process holds on its device at the peak of a step, by parts; each field is a line of the printout.
+
+    Every part is at its own largest; `apart` (zero or less) takes off what is not there at the same time; `allocator`
+    is what lies unused between blocks. `host` is not in the total.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    update: int
+    activations: int
+    logits: int
+    libraries: int
+    allocator: int
+    apart: int
+    host: int = 0
+
+    @property
+    def total(self):
+        """Bytes on the device at the peak."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
+
+
+NAMES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "update": "optimizer step",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "libraries": "libraries",
+    "allocator": "allocator",
+    "apart": "not at the same time",
+}
+
+
+def estimate(workload, libraries=0, footprint=None):
+    """The peak of a training step after the first, when the optimizer's state is there.
+
+    On a GPU it is the largest of three moments: the loss and the beginning of the backward pass, with all activations;
+    its end, with all gradients; the update. Gradients are made as activations go, unless they stay from an earlier
+    micro-batch or in the buckets of data parallelism. On a CPU the parts add up: the C library keeps what is freed
+    where it lies (common/memory_settings.py), and blocks of other sizes seldom fit there.
+
+    Args:
+        workload: Workload.
+        libraries: bytes that the process holds before it has a model, by common.limit_memory.resident_bytes(); they
+            count on a CPU alone.
+        footprint: what workload.footprint() gave before, to save the time.
+    Returns:
+        MemoryEstimate.
+    """
+    model = footprint or workload.footprint()
+    strategy, mixed = STRATEGIES[workload.strategy], workload.precision != "fp32"
+    size = 2 if mixed and strategy.master_weights else 4  # bytes of a parameter and of a gradient
+
+    def share(numbers, cut):
+        return -(-numbers // workload.ranks) if cut else numbers
+
+    parameters = share(size * model.parameters, strategy.parameters)
+    if strategy.parameters:  # whole again: the layer at work, and the next on its way
+        parameters += 2 * (2 if mixed else 4) * model.largest_layer
+    copies = model.copies[0] + model.layers * model.copies[1]
+    if size == 2 or strategy.parameters:  # computed in as they are, or counted with the layer at work
+        copies = 0
+    gradients = share(size * model.parameters, strategy.gradients)
+    state = share(4 * (_moments(workload, model) + strategy.master_weights * model.parameters), strategy.optimizer)
+    host, optimizer = (state, 0) if workload.offload else (0, state)
+    update = 0 if workload.offload else share(_update_bytes(workload, model), strategy.optimizer)
+
+    kept = model.kept[0] + model.layers * model.kept[1]
+    backward = 2 * model.widest  # gradients of one tensor and of the next
+    if workload.gradient_checkpointing:
+        kept = model.kept[0] + model.layers * model.layer_input
+        backward += model.kept[1]
+    kept, backward = workload.rows * kept, workload.rows * backward
+    of_output = 4 * model.output  # the gradient of the head's matrix
+    loss, of_hidden = _loss_bytes(workload, model, mixed)
+
+    stay = gradients if workload.ranks > 1 or workload.accumulation > 1 else 0
+    moments = [
+        stay + kept + max(loss, of_output + of_hidden + backward),
+        gradients + (of_output if model.tied else 0),  # the embedding's, before it is added to the head's
+        gradients + update,
+    ]
+    parts = {
+        "parameters": parameters + copies,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "update": update,
+        "activations": kept + backward,
+        "logits": loss,
+    }
+    transient = sum(parts[name] for name in ("gradients", "update", "activations", "logits"))
+    if workload.device == "cpu":
+        ends = {"libraries": libraries, "allocator": int(HEAP_SHARE * sum(parts.values())), "apart": 0}
+    else:
+        ends = {"libraries": 0, "allocator": 0, "apart": max(moments) - transient}
+    return MemoryEstimate(**parts, **ends, host=host)
+
+
+def _moments(workload, model):
+    if workload.optimizer_type == "muon":
+        return 2 * model.parameters - model.matrices
+    return MOMENTS.get(workload.optimizer_type, 2) * model.parameters + workload.momentum * model.parameters
+
+
+def _update_bytes(workload, model):
+    if workload.optimizer_type == "muon":
+        return ORTHOGONALIZED * 4 * model.largest_stack
+    # an optimizer that is not ours may work on all parameters at once, with one intermediate result
+    return 0 if workload.optimizer_type in MOMENTS else 4 * model.parameters
+
+
+def _loss_bytes(workload, model, mixed):
+    """(all that common.models.cross_entropy holds at once, the gradient of the hidden states in it)."""
+    vocabulary = workload.config.vocab_size
+    positions = workload.rows * (workload.targets or workload.seq_length)
+    of_hidden = 4 * positions * (model.output // vocabulary)
+    # the logits of a chunk and of the one before it; the gradients; of mixed precision the matrix and a product too
+    forward = 8 * min(positions, chunk_size(vocabulary)) * vocabulary + (8 if mixed else 4) * model.output + of_hidden
+    return max(forward, 2 * (4 * model.output + of_hidden)), of_hidden
+
+
+def format_estimate(parts, cap_gb=None):
+    """The estimate as lines to print, aligned, in GB of 1e9 bytes; parts that are not there are left out.
+
+    Args:
+        parts: MemoryEstimate; cap_gb: GB per process; 0 or None: no cap, no line about it.
+    Returns:
+        str of several lines.
+    """
+    lines = [(label, getattr(parts, name)) for name, label in NAMES.items() if getattr(parts, name)]
+    lines.append(("total", parts.total))
+    lines += [("in the host's memory", parts.host)] if parts.host else []
+    lines += [("cap", cap_gb * GB)] if cap_gb else []
+    figures = (f"  {label:<21}{number / GB:8.2f} GB" for label, number in lines)
+    return "\n".join(["memory of a process at its peak, estimated:", *figures])

@@ -1,0 +1,179 @@
+"""What a model holds in a step, from its configuration alone: its parameters, and what autograd keeps of its rows.
+
+Nothing is allocated: the parameters are counted on torch's meta device, and a forward pass of one and of two layers
+runs on fake tensors, which have shapes and no numbers. So it holds for any architecture, precision and dropout.
+
+B rows, S sequence length, k predicted positions of a row, H hidden size, V vocabulary.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from common.models.attention import same_document_mask
+from common.models.layers import make_fast, use_attention
+from common.models.mlm import FAMILIES
+from common.optimizers import hidden_matrices
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a model and of what it keeps; pairs are (outside the layers, in each layer).
+
+    layers: their number. parameters: numbers, tied ones once. largest_layer: numbers in it. output: numbers in the
+    matrix of the head, [V, E]. tied: whether that is the embedding's too. matrices: numbers in the hidden matrices;
+    largest_stack: in those of one shape together. kept: pair of bytes per row. layer_input: bytes per row. widest:
+    bytes per row of the largest tensor kept. copies: pair of bytes of weights kept again, joined or in fewer bits.
+    traced: False where `kept` is the general figure.
+    """
+
+    layers: int
+    parameters: int
+    largest_layer: int
+    output: int
+    tied: bool
+    matrices: int
+    largest_stack: int
+    kept: tuple[int, int]
+    layer_input: int
+    widest: int
+    copies: tuple[int, int]
+    traced: bool
+
+
+def footprint(config, seq_length, precision="fp32", head="causal", targets=None, packed=False, attention="sdpa"):
+    """Measure a model that does not exist.
+
+    Args:
+        config: transformers configuration.
+        seq_length: S. precision: "fp32", or autocast's "bf16" or "fp16".
+        head: "causal", or "masked" (with k = `targets`), where the head's transformation counts but not its logits.
+        packed: whether a mask keeps the documents of a row apart. attention: path in transformers' interface.
+    Returns:
+        Footprint.
+    """
+    shape = {"precision": precision, "head": head, "targets": targets, "packed": packed, "attention": attention}
+    try:
+        one, two = (_trace(config, layers, seq_length, **shape) for layers in (1, 2))
+        # (outside, in each layer) from one layer and from two
+        traced = {name: (2 * one[name] - two[name], two[name] - one[name]) for name in ("kept", "copies")}
+        traced |= {"widest": two["widest"], "traced": True}
+        if head == "masked":  # the loss is a part of this forward pass, and its gradients are counted apart
+            width, vocabulary = config.hidden_size, config.vocab_size
+            traced["kept"] = traced["kept"][0] - 4 * targets * width, traced["kept"][1]
+            traced["copies"] = traced["copies"][0] - 4 * (width + 1) * vocabulary, traced["copies"][1]
+    except Exception:  # a forward pass that depends on the numbers fails in as many ways as there are architectures
+        traced = _general_figure(config, seq_length, precision)
+    return Footprint(**_count(config, head), layer_input=4 * seq_length * config.hidden_size, **traced)
+
+
+def parameter_count(config, head="causal"):
+    """How many numbers the model's parameters are, tied ones once.
+
+    Args:
+        config: transformers configuration; head: "causal" or "masked".
+    """
+    return _count(config, head)["parameters"]
+
+
+def feed_forward_size(config):
+    """The width inside a feed-forward block, under whichever name the family has for it."""
+    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next(filter(None, named), 4 * config.hidden_size)
+
+
+def _count(config, head):
+    with torch.device("meta"):
+        model = _build(config, head)
+    matrices = Counter()
+    for matrix in hidden_matrices(model):
+        matrices[matrix.shape] += matrix.numel()
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    output = model.get_output_embeddings().weight
+    return {
+        "layers": config.num_hidden_layers,
+        "parameters": _numbers(model),
+        "largest_layer": max((_numbers(layer) for stack in stacks for layer in stack), default=0),
+        "output": output.numel(),
+        "tied": output is model.get_input_embeddings().weight,
+        "matrices": sum(matrices.values()),
+        "largest_stack": max(matrices.values(), default=0),
+    }
+
+
+def _numbers(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _build(config, head):
+    if head == "masked":
+        return FAMILIES[config.model_type][1](config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _trace(config, layers, seq_length, **shape):
+    """What a model of that many layers keeps: bytes per row, and those of the widest tensor; copies of weights."""
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    config.use_cache = False
+    one, two = (_kept_bytes(config, rows, seq_length, **shape) for rows in (1, 2))
+    growth = [after - before for before, after in zip(one, two, strict=True)]
+    fixed = sum(size for size, more in zip(one, growth, strict=True) if not more)
+    return {"kept": sum(growth), "widest": max(growth), "copies": fixed}
+
+
+def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, attention):
+    """Bytes of every storage that a forward pass in training leaves behind, parameters apart, in their order."""
+    kept = {}
+
+    def keep(tensor):
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    with FakeTensorMode(), torch.device("cpu"):
+        model = _build(config, head).train()
+        ids = torch.zeros(rows, seq_length, dtype=torch.int64)
+        if head == "masked":
+            make_fast(model)
+            use_attention(model, attention)
+            model.packs_documents = packed
+            some = torch.zeros(rows, targets, dtype=torch.int64)
+            batch = {"position_ids": ids, "document_ids": ids, "masked_positions": some, "masked_labels": some}
+            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
+            run = model
+        else:
+            model.config._attn_implementation = attention
+            batch = {"attention_mask": same_document_mask(ids, ids, torch.float32) if packed else None}
+            run = model.base_model
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            output = run(input_ids=ids, **batch)
+        keep(output[0])
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def _general_figure(config, seq_length, precision):
+    """For what cannot be traced: 14 tensors as wide as the model in each layer, and 4 as wide as its feed-forward one.
+
+    That is a gated pre-norm layer (norms, query, key, value, attention's output, residuals; gate, its activation, up,
+    product) in the precision of the products, with as many experts as a token has.
+    """
+    size = 2 if precision in AUTOCAST else 4
+    wide = feed_forward_size(config) * (getattr(config, "num_experts_per_tok", None) or 1)
+    token = size * (14 * config.hidden_size + 4 * wide)
+    return {
+        "kept": (4 * 4 * seq_length * config.hidden_size, seq_length * token),
+        "copies": (0, 0),
+        "widest": seq_length * size * wide,
+        "traced": False,
+    }

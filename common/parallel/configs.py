@@ -1,0 +1,32 @@
+"""What the YAMLs in a folder would cut over processes, as far as a memory estimate needs it."""
+
+import yaml
+
+CPU = "cpu"
+
+
+def sharding_configs(folder):
+    """The YAMLs whose strategy cuts the model or its optimizer state, in the order of their names.
+
+    Args:
+        folder: Path with accelerate configurations.
+    Returns:
+        list of (Path, dict with strategy, ranks and offload, as common.memory.Workload takes them).
+    """
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        strategy = _strategy(config)
+        if strategy:
+            found.append((path, {**strategy, "ranks": config.get("num_processes", 1)}))
+    return found
+
+
+def _strategy(config):
+    kind = config.get("distributed_type")
+    if kind == "FSDP":
+        return {"strategy": "fsdp", "offload": bool(config.get("fsdp_config", {}).get("fsdp_offload_params"))}
+    options = config.get("deepspeed_config", {})
+    if kind == "DEEPSPEED" and options.get("zero_stage"):
+        return {"strategy": f"zero{options['zero_stage']}", "offload": options.get("offload_optimizer_device") == CPU}
+    return None

@@ -1,0 +1,307 @@
+"""The memory estimate, the cap and the plan on paper."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MegatronBertConfig,
+    MixtralConfig,
+    OPTConfig,
+)
+
+from common.errors import UserError
+from common.limit_memory import peak_resident_bytes, refuse_above_cap, resident_bytes, set_memory_cap
+from common.memory import GB, STRATEGIES, Workload, estimate, format_estimate
+from common.memory_plan import cards, format_plan
+from common.models.footprint import footprint, parameter_count
+from common.models.layers import make_fast, use_attention
+from common.models.mlm import FAMILIES
+from common.models.presets import OPT_SIZES, opt_shape
+
+SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000}
+OPT = {**SMALL, "ffn_dim": 256, "max_position_embeddings": 128, "dropout": 0.0}
+CAUSAL = {
+    "opt": OPTConfig(**OPT),
+    "opt with dropout": OPTConfig(**{**OPT, "dropout": 0.1}),
+    "opt, post-norm": OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=32),
+    "gpt2": GPT2Config(**SMALL, n_positions=128),
+    "llama": LlamaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, max_position_embeddings=128),
+}
+MASKED = {"bert": BertConfig(**SMALL, intermediate_size=256), "megatron-bert": MegatronBertConfig(**SMALL)}
+
+
+def opt(size, **changes):
+    return OPTConfig(**opt_shape(size), **changes)
+
+
+def opt_parameters(layers, hidden, vocabulary=50272, positions=2050, words=None, last_norm=True):
+    """By hand: words and positions; four projections, two feed-forward matrices, two norms a layer; the last norm."""
+    layer = 4 * (hidden * hidden + hidden) + (4 * hidden * hidden + 4 * hidden) + (4 * hidden * hidden + hidden)
+    layer += 4 * hidden
+    outside = vocabulary * (words or hidden) + positions * hidden + last_norm * 2 * hidden
+    return outside + 2 * (words or 0) * hidden + layers * layer
+
+
+@pytest.mark.parametrize("size", OPT_SIZES)
+def test_opt_parameters_are_counted_to_the_digit(size):
+    layers, hidden, _ = OPT_SIZES[size]
+    odd = {"words": 512, "last_norm": False} if size == "350m" else {}
+    assert parameter_count(opt(size)) == opt_parameters(layers, hidden, **odd)
+
+
+def test_opt_sizes_are_named_after_their_parameters():
+    unit = {"m": 10**6, "b": 10**9}
+    for size in OPT_SIZES:  # 350m, the furthest off, has 331 million
+        assert parameter_count(opt(size)) == pytest.approx(float(size[:-1]) * unit[size[-1]], rel=0.06)
+    assert opt_shape("6.7") == opt_shape("6.7b")
+
+
+def test_an_unknown_size_lists_the_known_ones():
+    with pytest.raises(UserError, match="'7b'.*125m, 350m, .*175b"):
+        opt_shape("7b")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt, post-norm"])
+def test_parameters_of_a_model_that_exists(name):
+    model = AutoModelForCausalLM.from_config(CAUSAL[name])
+    assert parameter_count(CAUSAL[name]) == model.num_parameters()
+
+
+# ---- What autograd keeps, against a model that exists ------------------------------------------------
+
+
+def kept_bytes(model, run):
+    """Bytes of all storages that a real forward pass leaves behind, parameters apart."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    keep(output[0])
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_activations_of_causal_models(name, packed):
+    config, rows, length = CAUSAL[name], 3, 32
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.randint(4, 1000, (rows, length))
+    mask = torch.zeros(rows, 1, length, length) if packed else None
+    kept = kept_bytes(model, lambda: model.base_model(input_ids=ids, attention_mask=mask, use_cache=False))
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    model = footprint(config, length, packed=packed)
+    assert model.traced
+    outside, layer = (3 * kept + copies for kept, copies in zip(model.kept, model.copies, strict=True))
+    assert outside + 3 * layer == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_activations_of_masked_models(name):
+    config, rows, length, targets = MASKED[name], 3, 32, 5
+    model = FAMILIES[config.model_type][1](config).train()
+    make_fast(model)
+    use_attention(model, "sdpa")
+    ids, some = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, targets, dtype=torch.int64)
+    batch = {"input_ids": ids, "position_ids": ids, "document_ids": ids, "masked_positions": some}
+    batch |= {"masked_labels": some, "masked_weights": some + 1.0, "loss_denominator": torch.ones(())}
+    kept = kept_bytes(model, lambda: model(**batch))
+    of_loss = 4 * (1000 * 64 + 1000 + rows * targets * 64)  # gradients that the loss made in the forward pass
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept) - of_loss
+    model = footprint(config, length, head="masked", targets=targets, packed=True)
+    assert model.traced
+    outside = rows * model.kept[0] + model.copies[0]
+    layers = 3 * (rows * model.kept[1] + model.copies[1])
+    assert outside + layers == pytest.approx(size, rel=0.01)
+
+
+def test_bf16_keeps_less_for_each_row_and_a_copy_of_every_matrix():
+    full, half = footprint(CAUSAL["opt"], 32), footprint(CAUSAL["opt"], 32, precision="bf16")
+    assert full.copies[1] == 0 and half.copies[1] == 2 * 12 * 64 * 64
+    assert 0.5 < half.kept[1] / full.kept[1] < 1
+
+
+def test_what_cannot_be_traced_gets_the_general_figure():
+    sizes = {**SMALL, "intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = footprint(MixtralConfig(**sizes, num_experts_per_tok=2), 32)
+    assert not model.traced
+    assert model.kept[1] == 32 * 4 * (14 * 64 + 4 * 2 * 128)
+
+
+# ---- The parts ---------------------------------------------------------------------------------------
+
+LARGE = Workload(opt("1.3b"), rows=8, seq_length=512, device="cuda")
+
+
+def test_parts_by_hand():
+    numbers = parameter_count(LARGE.config)
+    parts = estimate(replace(LARGE, device="cpu"), libraries=3)
+    assert parts.parameters == parts.gradients == 4 * numbers and parts.optimizer == 8 * numbers
+    positions, hidden, vocabulary = 8 * 512, 2048, 50272
+    assert parts.logits == 2 * 4 * (vocabulary * hidden + positions * hidden)  # gradients of both, and scaled
+    assert parts.libraries == 3 and parts.update == 0
+    names = ("parameters", "gradients", "optimizer", "activations", "logits")
+    assert parts.total - 3 == pytest.approx(1.08 * sum(getattr(parts, name) for name in names))
+
+
+def test_on_a_gpu_the_peak_is_the_largest_moment():
+    short, long = estimate(replace(LARGE, rows=1, seq_length=64)), estimate(replace(LARGE, rows=16))
+    head = 4 * 50272 * 2048
+    assert short.total == short.parameters + short.optimizer + short.gradients + head
+    assert long.total > long.parameters + long.optimizer + long.activations  # gradients come as these go
+    assert estimate(replace(LARGE, rows=16, accumulation=2)).total == long.total + long.gradients
+
+
+def test_gradient_checkpointing_keeps_the_input_of_each_layer():
+    whole, cut = estimate(LARGE), estimate(replace(LARGE, gradient_checkpointing=True))
+    inputs = 24 * 8 * 512 * 2048 * 4
+    assert inputs < cut.activations < whole.activations / 5
+
+
+def test_optimizers():
+    model = LARGE.footprint()
+    state = {name: estimate(replace(LARGE, optimizer_type=name), footprint=model) for name in ("sgd", "muon", "adamw")}
+    matrices = 24 * 12 * 2048 * 2048
+    assert state["sgd"].optimizer == 0
+    assert state["muon"].optimizer == state["adamw"].optimizer - 4 * matrices
+    assert state["muon"].update == 4 * 4 * matrices // 3
+
+
+def test_strategies_cut_what_they_say():
+    numbers, ranks = parameter_count(LARGE.config), 4
+    model = LARGE.footprint()
+    parts = {name: estimate(replace(LARGE, strategy=name, ranks=ranks), footprint=model) for name in STRATEGIES}
+    quarter = -(-4 * numbers // 4)
+    assert parts["ddp"].gradients == parts["zero1"].gradients == 4 * quarter
+    assert parts["zero1"].optimizer == parts["zero2"].optimizer == 3 * quarter and parts["zero2"].gradients == quarter
+    layer = 12 * 2048 * 2048 + 13 * 2048
+    assert parts["zero3"].parameters == parts["fsdp"].parameters == quarter + 2 * 4 * layer
+    assert parts["fsdp"].optimizer == 2 * quarter
+    offloaded = estimate(replace(LARGE, strategy="zero2", ranks=ranks, offload=True), footprint=model)
+    assert offloaded.host == parts["zero2"].optimizer and offloaded.optimizer == 0
+    assert offloaded.total < parts["zero2"].total
+
+
+def test_libraries_count_on_a_cpu_alone():
+    assert estimate(LARGE, libraries=5).total == estimate(LARGE).total
+    on_cpu = replace(LARGE, device="cpu")
+    assert estimate(on_cpu, libraries=5).total == estimate(on_cpu).total + 5
+
+
+def test_printed_block():
+    block = format_estimate(estimate(replace(LARGE, device="cpu"), libraries=4 * 10**8), cap_gb=16).splitlines()
+    assert all(re.fullmatch(r"  [a-z' ]+ +-?\d+\.\d\d GB", line) for line in block[1:])
+    assert len({len(line) for line in block[1:]}) == 1
+    assert block[-1].split() == ["cap", "16.00", "GB"] and block[-2].split()[0] == "total"
+
+
+# ---- The cap -----------------------------------------------------------------------------------------
+
+
+def refusal(workload, cap, folder):
+    with pytest.raises(UserError) as caught:
+        refuse_above_cap(workload, estimate(workload), cap, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def total_gb(workload, **changes):
+    return estimate(replace(workload, **changes)).total / GB
+
+
+def test_no_cap_and_a_cap_that_fits():
+    expected = estimate(LARGE)
+    for cap in (0, None, expected.total / GB + 0.01):
+        refuse_above_cap(LARGE, expected, cap)
+
+
+def test_the_cap_names_the_largest_smaller_batch_that_fits(tmp_path):
+    message = refusal(LARGE, total_gb(LARGE, rows=4) + 0.01, tmp_path)
+    assert "; --per_device_train_batch_size 4 would fit" in message and f"{total_gb(LARGE):.2f} GB" in message
+
+
+def test_the_cap_names_checkpointing_then_both(tmp_path):
+    long = replace(LARGE, seq_length=2048)
+    cap = total_gb(long, gradient_checkpointing=True) + 0.01
+    assert total_gb(long, rows=1) > cap
+    assert "; --gradient_checkpointing would fit" in refusal(long, cap, tmp_path)
+    cap = total_gb(long, gradient_checkpointing=True, rows=4) + 0.01
+    message = refusal(long, cap, tmp_path)
+    assert "; --per_device_train_batch_size 4 --gradient_checkpointing would fit" in message
+
+
+def test_the_cap_names_a_yaml_that_shards_and_exists(tmp_path):
+    (tmp_path / "ddp.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
+    zero = "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 2}\n"
+    (tmp_path / "zero2.yaml").write_text(zero)
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\nnum_processes: 8\nfsdp_config: {}\n")
+    cap = total_gb(LARGE, rows=1, strategy="zero2", ranks=8, gradient_checkpointing=True) + 0.01
+    assert total_gb(LARGE, rows=1, gradient_checkpointing=True) > cap
+    assert f"accelerate launch --config_file {tmp_path / 'fsdp.yaml'} " in refusal(LARGE, cap, tmp_path)
+    (tmp_path / "fsdp.yaml").unlink()
+    assert f"accelerate launch --config_file {tmp_path / 'zero2.yaml'} " in refusal(LARGE, cap, tmp_path)
+
+
+def test_the_cap_names_a_smaller_model_last(tmp_path):
+    message = refusal(LARGE, total_gb(LARGE, config=opt("125m")) + 0.01, tmp_path)
+    assert "; --model_size 125m would fit" in message
+    message = refusal(LARGE, 0.1, tmp_path)
+    flags = "--model_size 125m --per_device_train_batch_size 1 --gradient_checkpointing"
+    assert message.endswith(f"GB at least, which takes {flags}")
+
+
+def test_the_cap_in_force_on_a_cpu():
+    held = peak_resident_bytes()
+    assert 0 < resident_bytes() <= held
+    set_memory_cap(0, torch.device("cpu"))()
+    set_memory_cap((held + 10**9) / GB, torch.device("cpu"))()
+    check = set_memory_cap((held - 10**6) / GB, torch.device("cpu"))
+    with pytest.raises(UserError, match="memory cap of .* GB"):
+        check()
+
+
+@pytest.mark.gpu
+def test_the_cap_in_force_on_a_gpu():
+    set_memory_cap(0.5, torch.device("cuda", 0))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(10**9, dtype=torch.uint8, device="cuda:0")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+# ---- The plan ----------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_175b_allocates_nothing():
+    config, before = opt("175b"), peak_resident_bytes()
+    plan = format_plan(Workload(config, 1, 2048, "bf16", ranks=512, gradient_checkpointing=True), "opt-175b")
+    assert peak_resident_bytes() - before < 3 * 10**8
+    count = opt_parameters(96, 12288)
+    assert f"parameters: {count:,}\n" in plan and plan.startswith("opt-175b: 96 layers, hidden size 12288, 96 heads")
+    assert f"{4 * count / GB:,.2f} GB in fp32, {2 * count / GB:,.2f} GB in bf16" in plan
+    table = {line.split("  ")[1]: line.split() for line in plan.splitlines()[5:]}
+    assert set(table) == set(STRATEGIES) | {f"{name} + offload" for name in STRATEGIES if name != "ddp"}
+    assert table["ddp"][-1] == table["zero1"][-1] == "never"
+    assert int(table["zero3"][-1]) & (int(table["zero3"][-1]) - 1) == 0
+
+
+def test_the_number_of_cards_is_the_smallest_that_fits():
+    workload = Workload(opt("13b"), 1, 2048, "bf16", strategy="zero3", gradient_checkpointing=True)
+    model = workload.footprint()
+    number = cards(workload, model)
+    assert number > 1
+    assert estimate(replace(workload, ranks=number), footprint=model).total <= 80 * GB
+    assert estimate(replace(workload, ranks=number // 2), footprint=model).total > 80 * GB

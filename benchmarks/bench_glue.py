@@ -10,16 +10,13 @@ benchmarks/results/bench_glue.json and a table in benchmarks/README.md.
 import argparse
 import json
 import shlex
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import BertConfig
 
 from benchmarks.bench_pretraining import CACHE, DATA
-from benchmarks.interleaved import REPOSITORY, Case, median, ratio, run_rounds, stock_environment
+from benchmarks.interleaved import Case, median, ratio, run_rounds, run_script, stock_environment
 from benchmarks.results import spread, write_results
 from common.data.examples import encode_examples
 from common.data.glue import TASKS, read_task_file
@@ -96,12 +93,7 @@ def cases_of(row):
 
 def measure_ours(flags):
     """Run run_glue.py and print the figures of its steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, REPOSITORY / "run_glue.py", *flags, "--output_dir", Path(folder) / "run"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        results = json.loads((Path(folder) / "run" / "all_results.json").read_text())
+    results, _ = run_script("run_glue.py", flags)
     examples = read_task_file(TASKS["mrpc"], MRPC / "train.tsv", labelled=True)
     encoded = encode_examples(examples, TASKS["mrpc"], load_tokenizer(str(VOCABULARY)), LENGTH, False)
     speed = results["tokens_per_second"]

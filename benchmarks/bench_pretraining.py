@@ -12,15 +12,13 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.interleaved import REPOSITORY, Case, median, ratio, run_rounds, stock_environment
+from benchmarks.interleaved import REPOSITORY, Case, median, ratio, run_rounds, run_script, stock_environment
 from benchmarks.results import spread, write_results
 from common.memory_settings import SETTINGS
 
@@ -122,13 +120,7 @@ def cases_of(row):
 
 def measure_ours(flags, warm_up):
     """Run run_pretraining.py and print the figures of its steps after the first `warm_up`."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, REPOSITORY / "run_pretraining.py", *flags, "--output_dir", folder]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        results = json.loads((Path(folder) / "all_results.json").read_text())
+    results, rows = run_script("run_pretraining.py", flags)
     rows = [row for row in rows if "loss" in row][warm_up:]
     # utilisation as the run reports it, for the median step instead of the mean
     speed = statistics.median(row["tokens_per_second"] for row in rows)

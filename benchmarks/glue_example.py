@@ -22,6 +22,7 @@ from transformers import (
     get_scheduler,
 )
 
+from benchmarks.example_step import adamw
 from common.data.glue import find_task, read_task_file, task_folder
 from common.data.tokenizers import load_tokenizer
 
@@ -64,13 +65,7 @@ def main():
     rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
     collate = default_data_collator if args.pad_to_max_length else DataCollatorWithPadding(tokenizer)
     loader = DataLoader(rows, shuffle=True, collate_fn=collate, batch_size=args.per_device_train_batch_size)
-    no_decay = ("bias", "LayerNorm.weight")
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if not any(word in n for word in no_decay)], "weight_decay": 0.0},
-        {"params": [p for n, p in named if any(word in n for word in no_decay)], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = adamw(model, args.learning_rate, ("bias", "LayerNorm.weight"))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=3 * len(loader))
     model.train()

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,26 @@ def run_rounds(cases, rounds):
             figures[name] = _measure(name, case)
         measured.append(figures)
     return measured
+
+
+def run_script(script, flags):
+    """Run an entry script of ours to its end, in a folder that is gone afterwards.
+
+    Args:
+        script: its file name; flags: words.
+    Returns:
+        (results, rows): all_results.json, and the lines of metrics.jsonl.
+    Raises:
+        SystemExit: it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        words = [sys.executable, REPOSITORY / script, *flags, "--output_dir", out]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return json.loads((out / "all_results.json").read_text()), rows
 
 
 def median(measured, name, figure):

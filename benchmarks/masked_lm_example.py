@@ -8,10 +8,6 @@ Its features can be replaced one by one, for the ablation. The last line printed
 """
 
 import argparse
-import json
-import statistics
-import time
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +17,7 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, get_scheduler
 
+from benchmarks.example_step import adamw, cut_into_rows, print_speed
 from common.data.tokenizers import load_tokenizer
 from common.models.presets import model_shape
 
@@ -63,19 +60,12 @@ def rows(args, tokenizer):
             )
 
         return raw.map(tokenize, batched=True, remove_columns=["text"])
-    raw = raw.map(
+    texts = raw.map(
         lambda examples: tokenizer(examples["text"], return_special_tokens_mask=True),
         batched=True,
         remove_columns=["text"],
     )
-
-    def group(examples):
-        joined = {name: list(chain(*values)) for name, values in examples.items()}
-        total = len(joined["input_ids"]) // args.max_seq_length * args.max_seq_length
-        cuts = range(0, total, args.max_seq_length)
-        return {name: [value[at : at + args.max_seq_length] for at in cuts] for name, value in joined.items()}
-
-    return raw.map(group, batched=True)
+    return cut_into_rows(texts, args.max_seq_length)
 
 
 def loss_of(model, batch, masked_head):
@@ -104,33 +94,12 @@ def main():
         collate_fn=DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=0.15),
         batch_size=args.per_device_train_batch_size,
     )
-    no_decay = ("bias", "LayerNorm.weight")
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if not any(word in n for word in no_decay)], "weight_decay": 0.0},
-        {"params": [p for n, p in named if any(word in n for word in no_decay)], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True if args.fused_adamw else None)
+    not_decayed = ("bias", "LayerNorm.weight")
+    optimizer = adamw(model, args.learning_rate, not_decayed, fused=True if args.fused_adamw else None)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=len(loader))
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    model.train()
-    times, tokens = [], []
-    batches = iter(loader)
-    for step in range(args.warm_up + args.steps):
-        began = time.perf_counter()  # the example loads and masks in the loop, so the batch's time counts
-        batch = next(batches)
-        with accelerator.accumulate(model):
-            loss = loss_of(model, batch, args.masked_head)
-            accelerator.backward(loss)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        loss.item()
-        if step >= args.warm_up:
-            times.append(time.perf_counter() - began)
-            tokens.append(int((batch["input_ids"] != tokenizer.pad_token_id).sum()))
-    speeds = [number / seconds for number, seconds in zip(tokens, times, strict=True)]
-    print(json.dumps({"tokens_per_second": statistics.median(speeds), "step_seconds": statistics.median(times)}))
+    losses = lambda batch: loss_of(model, batch, args.masked_head)  # noqa: E731
+    print_speed(accelerator, model, optimizer, loader, schedule, losses, args.warm_up, args.steps)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from causal import BLOCK, OVERRIDES, causal_run
+from causal import BLOCK, OVERRIDES, causal_run, plain_perplexity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -39,16 +39,6 @@ def documents(finished, name):
     return [file.tokens[begin:end].tolist() for begin, end in zip(file.starts, ends, strict=True)]
 
 
-def plain_perplexity(out, texts, block):
-    """Perplexity of a saved model over texts, with stock transformers alone: one stream cut into blocks."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
-    stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
-    blocks = torch.tensor(stream[: len(stream) // block * block]).view(-1, block)
-    with torch.no_grad():
-        sums = [model(part, labels=part).loss.double() * part[:, 1:].numel() for part in blocks.split(16)]
-    return math.exp(sum(sums) / blocks[:, 1:].numel())
-
-
 def test_it_learns_and_its_files_are_stock(finished):
     numbers = results(finished.out)
     assert numbers["eval_loss"] < numbers["unigram_loss"] - 0.1
@@ -73,7 +63,7 @@ def test_perplexity_equals_plain_transformers(harness, finished, tiny_corpus, ca
     words = causal_run(tiny_corpus, cache, tmp_path / "out", "--validation_file", held_out, steps=1, overrides=None)
     harness.run(*words, "--model_name_or_path", finished.out).check()
     mine = results(tmp_path / "out")["perplexity"]
-    assert mine == pytest.approx(plain_perplexity(tmp_path / "out", lines[:60], BLOCK), rel=1e-5)
+    assert mine == pytest.approx(plain_perplexity(tmp_path / "out", lines[:60]), rel=1e-5)
 
 
 def test_packed_documents_do_not_see_each_other(harness, finished, tiny_corpus, cache, out):

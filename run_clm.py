@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate.utils import set_seed
 
@@ -78,11 +79,12 @@ def main():
     )
     fit_vocabulary(config, tokenizer, model_args)
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
-    workload = make_workload(config, data_args, args, per_device, accumulation, in_force["precision"], ranks)
+    shape = (config, data_args, args, per_device, accumulation)
+    workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type)
     expected = estimate(workload, resident_bytes())
     say(format_estimate(expected, args.mem_cap))
     refuse_above_cap(workload, expected, args.mem_cap)
-    cap = set_memory_cap(args.mem_cap, accelerator.device)
+    cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)
     model = build_causal_lm(model_args, data_args, config)
     if args.gradient_checkpointing:
@@ -181,7 +183,7 @@ def prepare_rows(config, data_args, say, first=True):
     return corpus.tokenizer, *rows, corpus
 
 
-def make_workload(config, data_args, args, rows, accumulation, precision, ranks):
+def make_workload(config, data_args, args, rows, accumulation, precision, ranks, device):
     """What common.memory needs to know of a process's work."""
     return Workload(
         config,
@@ -193,21 +195,20 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks)
         accumulation=accumulation,
         gradient_checkpointing=args.gradient_checkpointing,
         packed=data_args.packing == "documents",
+        device=device,
     )
 
 
 def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     parallel.check_launch(args.precision, args.report_to, args.torch_compile)
-    ranks = parallel.launched_processes()
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    workload = expected_workload(config, data_args, args)
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     tokenizer, *_ = prepare_rows(config, data_args, print)
     fit_vocabulary(config, tokenizer, model_args)
-    workload = make_workload(config, data_args, args, per_device, accumulation, "fp32", ranks)
     refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap)
     if model_args.model_name_or_path:  # random weights cannot be damaged
         build_causal_lm(model_args, data_args, config)
@@ -216,12 +217,17 @@ def check(config, model_args, data_args, args):
 
 def plan(config, model_args, data_args, args):
     """--dry_run: what the run would be, from the shapes alone."""
+    print(format_plan(expected_workload(config, data_args, args), name_of(model_args)))
+    return 0
+
+
+def expected_workload(config, data_args, args):
+    """As make_workload, before an accelerator says what is in force."""
     ranks = parallel.launched_processes()
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
-    precision = {"bf16": "bf16", "fp16": "fp16"}.get(args.precision, "fp32")
-    workload = make_workload(config, data_args, args, per_device, accumulation, precision, ranks)
-    print(format_plan(workload, name_of(model_args)))
-    return 0
+    precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return make_workload(config, data_args, args, per_device, accumulation, precision, ranks, device)
 
 
 def name_of(model_args):

@@ -126,7 +126,7 @@ class Run:
         self.lr_scheduler.step(limits.schedule_progress)  # of the next step
         self.reason = "signal" if clock.stop else limits.reached
         if self.cap:
-            self.cap()
+            parallel.raise_together(self.accelerator, self.cap)
 
         warm = args.throughput_steps is not None and state.completed_steps == WARM_UP_STEPS
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)

@@ -10,7 +10,7 @@
 # files to copy where, and ends with exit code 2.
 set -euo pipefail
 
-usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 scripts=$(dirname "${BASH_SOURCE[0]}")
 base=${FRUGAL_GLUE_URL:-https://dl.fbaipublicfiles.com}
 tasks="cola sst2 mrpc stsb qqp mnli qnli rte wnli ax"

@@ -14,7 +14,7 @@
 set -euo pipefail
 
 scripts=$(dirname "${BASH_SOURCE[0]}")
-usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 for word in "$@"; do
     if [[ $word == --help || $word == -h ]]; then usage && exit; fi

@@ -9,14 +9,11 @@ benchmarks/results/bench_memory.json and a table in benchmarks/README.md.
 import argparse
 import json
 import shlex
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from transformers import OPTConfig
 
-from benchmarks.interleaved import REPOSITORY, Case, median, run_rounds, stock_environment
+from benchmarks.interleaved import Case, median, run_rounds, run_script, stock_environment
 from benchmarks.results import write_results
 from common.memory import GB, NAMES, Workload, estimate
 from common.models.presets import opt_shape
@@ -56,16 +53,10 @@ def measure(size, rows, length, checkpointing):
     Returns:
         dict: bytes of every part of the estimate, the estimate that the script made, and the peak it measured.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--model_size", size, "--synthetic_data", "--fp32", "--optimizer_type", "adamw"]
-        flags += ["--per_device_train_batch_size", rows, "--per_device_eval_batch_size", rows, "--block_size", length]
-        flags += ["--max_train_steps", STEPS, "--max_eval_samples", rows, "--output_dir", folder]
-        flags += ["--gradient_checkpointing"] if checkpointing else []
-        words = [sys.executable, REPOSITORY / "run_clm.py", *flags]
-        done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        results = json.loads((Path(folder) / "all_results.json").read_text())
+    flags = ["--model_size", size, "--synthetic_data", "--fp32", "--optimizer_type", "adamw"]
+    flags += ["--per_device_train_batch_size", rows, "--per_device_eval_batch_size", rows, "--block_size", length]
+    flags += ["--max_train_steps", STEPS, "--max_eval_samples", rows]
+    results, _ = run_script("run_clm.py", [*flags, *(["--gradient_checkpointing"] if checkpointing else [])])
     parts = estimate(Workload(OPTConfig(**opt_shape(size)), rows, length, gradient_checkpointing=checkpointing))
     figures = {name: getattr(parts, name) for name in NAMES}
     figures |= {"total": results["estimated_memory_bytes"], "peak": results["peak_memory_bytes"]}

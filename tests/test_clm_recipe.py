@@ -70,6 +70,7 @@ def test_as_the_example_on_tiny_corpus(harness, tiny_corpus, tmp_path, out):
     compare(harness, train, held_out, tmp_path / "cache", out, learning_rate=3e-3, least_fall=0.5)
 
 
+@pytest.mark.slow
 def test_as_the_example_on_wikitext(harness, data_folder, tmp_path, out):
     train = first_lines(data_folder / "wikitext-2" / "train.txt", 200, tmp_path / "train.txt")
     held_out = first_lines(data_folder / "wikitext-2" / "test.txt", 300, tmp_path / "held_out.txt")

@@ -36,7 +36,7 @@ from common.data.synthetic import EVAL_ROWS, TRAIN_ROWS, SyntheticRows
 from common.data.tokenizers import CAUSAL as CAUSAL_TOKENIZER
 from common.errors import run_main
 from common.final_report import report
-from common.limit_memory import refuse_above_cap, resident_bytes, set_memory_cap
+from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
 from common.memory_plan import format_plan
 from common.models.causal import build_causal_lm, causal_config, fit_vocabulary, row_length
@@ -46,7 +46,7 @@ from common.resume import resume_settings
 from common.run import Run
 from common.stop import StopSignals
 from common.unigram import unigram_baseline
-from common.utilisation import CAUSAL_FORMULA, Meter, causal_flops
+from common.utilisation import CAUSAL_FORMULA, Meter, causal_flops, resident_bytes
 
 
 def main():

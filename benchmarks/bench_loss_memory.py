@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from benchmarks.interleaved import Case, median, ratio, run_rounds, stock_environment
 from benchmarks.results import spread, write_results
-from common.limit_memory import peak_resident_bytes, resident_bytes
 from common.memory_settings import SETTINGS
 from common.models.cross_entropy import linear_cross_entropy
+from common.utilisation import peak_resident_bytes, resident_bytes
 
 TOKENS, HIDDEN, VOCABULARY = 8192, 768, 50272
 WARM_UP_TOKENS = 8  # so that what the libraries take once does not count

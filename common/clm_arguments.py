@@ -13,7 +13,7 @@ from common.parallel import launched_processes
 FINE_TUNING_RATE = 5e-5  # Hugging Face's
 SCRATCH_RATE = 6e-4  # OPT-125m's (Zhang et al. 2022, arXiv:2205.01068, table 1)
 
-# What run_clm.py takes where the flags say nothing: Hugging Face's values, where run_pretraining.py has its own.
+# What run_clm.py takes where the flags say nothing: mostly Hugging Face's values.
 DEFAULTS = {
     "optimizer_type": "adamw",
     "learning_rate": None,
@@ -23,7 +23,7 @@ DEFAULTS = {
     "warmup_proportion": 0.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
-    "max_eval_samples": None,
+    "max_eval_samples": 256,  # of OPT-125m on a CPU, more take minutes
 }
 
 

@@ -1,7 +1,6 @@
 """The memory cap: what would fit below it, said before a run, and the cap in force during one."""
 
 import copy
-import resource
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,9 @@ import torch
 
 from common.errors import UserError
 from common.memory import GB, estimate
-from common.memory_settings import give_back_memory
 from common.models.presets import MODEL_SIZES, OPT_SIZES, model_shape, opt_shape
 from common.parallel.configs import sharding_configs
+from common.utilisation import peak_resident_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 PRESETS = {  # of a model type: its sizes, the smallest first, and a size's shape
@@ -104,23 +103,3 @@ def _check(cap_gb):
             f"the process has held {peak / GB:.2f} GB, above the memory cap of {cap_gb:g} GB: halve "
             "--per_device_train_batch_size, add --gradient_checkpointing, or raise the cap"
         )
-
-
-def resident_bytes():
-    """Bytes of memory that this process holds now, without what it has freed and could use again."""
-    give_back_memory()
-    return _status("VmRSS") or peak_resident_bytes()
-
-
-def peak_resident_bytes():
-    """Most bytes of memory that this process has held since it began to run its program."""
-    # what getrusage says may be the parent's, from before the program was started
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _status(name):
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-    except OSError:  # no Linux
-        return None

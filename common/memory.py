@@ -117,7 +117,7 @@ def estimate(workload, libraries=0, footprint=None):
 
     Args:
         workload: Workload.
-        libraries: bytes that the process holds before it has a model, by common.limit_memory.resident_bytes(); they
+        libraries: bytes that the process holds before it has a model, by common.utilisation.resident_bytes(); they
             count on a CPU alone.
         footprint: what workload.footprint() gave before, to save the time.
     Returns:

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from common.memory_settings import give_back_memory
+
 MASKED_FORMULA = (
     "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
     "ones, P weights of the L layers; of the last layer only keys and values are needed at all T"
@@ -82,7 +84,27 @@ def peak_memory_bytes(device):
     """Most memory that this process has held: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
+
+
+def resident_bytes():
+    """Bytes of memory that this process holds now, without what it has freed and could use again."""
+    give_back_memory()
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes():
+    """Most bytes of memory that this process has held since it began to run its program."""
+    # what getrusage says may be the parent's, from before the program was started
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name):
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+    except OSError:  # no Linux
+        return None
 
 
 class Meter:

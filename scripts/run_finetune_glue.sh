@@ -61,7 +61,7 @@ if [[ $task == follows ]]; then
     data=$("$python" -m common.data.follows)
     flags+=(--train_file "$data/train.tsv" --validation_file "$data/validation.tsv")
     flags+=(--train_batch_size 32 --per_device_train_batch_size 32)
-    flags+=(--max_train_samples 8000 --num_train_epochs 2 --learning_rate 3e-4 --warmup_ratio 0.1)
+    flags+=(--max_train_samples 16000 --num_train_epochs 1 --learning_rate 3e-4 --warmup_ratio 0.1)
 else
     flags+=(--task_name "$task" --data_dir "$data")
     flags+=(--train_batch_size 128 --per_device_train_batch_size 32)

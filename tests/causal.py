@@ -16,6 +16,7 @@ def causal_run(corpus, cache, out, *flags, steps=None, batch=8, overrides=OVERRI
     model = [] if overrides is None else ["--config_overrides", overrides]
     limit = ["--max_train_steps", steps] if steps else []
     common = ["--fp32", "--logging_steps", 1, "--train_batch_size", batch, "--output_dir", out]
+    common += ["--max_eval_samples", 100_000]
     return ["run_clm.py", *model, *data, *limit, *common, *flags]
 
 

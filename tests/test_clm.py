@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from causal import BLOCK, OVERRIDES, causal_run, plain_perplexity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from causal import BLOCK, OVERRIDES, causal_run, plain_perplexity
 from common.clm_arguments import frozen_flags
 from common.data.token_files import TokenFile
 from pretraining import assert_same_run, fp32_copy, losses, results, training_rows, wait_for_step, weights

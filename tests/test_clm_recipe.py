@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from causal import OVERRIDES, causal_run, plain_blocks, plain_perplexity
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
 
 from benchmarks.example_step import adamw
+from causal import OVERRIDES, causal_run, plain_blocks, plain_perplexity
 from common.data.batches import NextToken, TrainBatches
 from pretraining import losses, results
 

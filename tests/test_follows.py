@@ -1,6 +1,6 @@
 """The sentence-pair task from the embedded corpus: its rows, and that nothing but the relation of two texts tells."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import islice
 
 import numpy as np
@@ -13,36 +13,51 @@ from common.data.embedded import documents_of_packages, embedded_documents
 from common.data.follows import Passage, build_follows, find_passage, follows_rows, make_rows
 from common.data.sources import split
 
-SENTENCE = "It is read line by line until the end of the file is reached."
-DOCUMENT = f"The file is opened by name. {SENTENCE} Then it is closed. Errors are told."
+SENTENCES = (
+    "The file is opened by its name.",
+    "It is read line by line until its end.",
+    "Short one.",
+    "Errors are told to whoever has called.",
+)
 
 
 def sentence(number):
     return f"The sentence with the number {number} stands here."
 
 
-def test_a_passage_is_a_sentence_cut_in_two():
-    passage = find_passage("one", DOCUMENT, set())
-    assert f"{passage.first} {passage.second}" == SENTENCE and passage.package == "one"
-    assert 4 <= len(passage.first.split()) <= 9
-    assert find_passage("one", DOCUMENT, set()) == passage
-    assert find_passage("one", DOCUMENT, {SENTENCE}) is None  # what is left are sentences of too few words
+def test_a_passage_is_two_neighbours_and_another_sentence():
+    document = " ".join(SENTENCES)
+    passage = find_passage("one", document, set())
+    assert (passage.first, passage.second, passage.other) == (SENTENCES[0], SENTENCES[1], SENTENCES[3])
+    assert find_passage("one", document, set()) == passage
+    seen = set()
+    find_passage("one", document, seen)
+    assert seen == set(SENTENCES) - {"Short one."} and find_passage("one", document, seen) is None
+    assert find_passage("one", document, {SENTENCES[3]}) is None  # two sentences do not suffice
+    assert find_passage("one", " ".join((SENTENCES[0],) * 3), set()) is None
 
 
-def test_every_text_stands_once_with_either_label_and_never_meets_another_package():
-    members = [Passage(f"package {n % 3}", sentence(n), sentence(100 + n)) for n in range(31)]
-    package = {text: member.package for member in members for text in (member.first, member.second)}
+def test_every_first_text_stands_with_either_label_and_never_meets_another_package():
+    members = [
+        Passage(
+            f"package {n % 3}", sentence(n), sentence(100 + n) + " More" * (n % 5), sentence(200 + n) + " It" * (n % 4)
+        )
+        for n in range(31)
+    ]
+    package = {text: m.package for m in members for text in (m.first, m.second, m.other)}
+    own = {(m.first, m.other) for m in members}
     rows = make_rows(members)
-    right = {(member.first, member.second) for member in members}
+    right = {(m.first, m.second) for m in members}
     assert all(((first, second) in right) == bool(label) for first, second, label in rows)
     assert all(package[first] == package[second] for first, second, _ in rows)
-    for side in (0, 1):
-        labels = defaultdict(list)
-        for row in rows:
-            labels[row[side]].append(row[2])
-        assert all(sorted(found) == [0, 1] for found in labels.values())
-    assert len(rows) == 4 * sum(size // 2 for size in Counter(member.package for member in members).values())
+    assert not own & {(first, second) for first, second, _ in rows}
+    labels = defaultdict(list)
+    for first, _, label in rows:
+        labels[first].append(label)
+    assert all(sorted(found) == [0, 1] for found in labels.values()) and len(rows) == 2 * len(members)
+    assert len({second for _, second, _ in rows}) == len(rows)
     assert make_rows(reversed(members)) == rows
+    assert make_rows(members[:1]) == []  # a package of one document has no other
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +85,13 @@ def test_validation_rows_come_from_documents_that_pretraining_holds_out(corpus):
 
 
 @pytest.mark.slow
-def test_what_needs_no_comparison_of_the_two_texts_tells_nothing(corpus):
-    """Words of either text, its first word, lengths and their difference: logistic regression stays at chance."""
+def test_the_second_text_alone_tells_little(corpus):
+    """Logistic regression: below 65 % on its words, as openings of documents follow nothing; nothing on lengths."""
     rows = follows_rows(corpus)
     labels = {name: np.array([label for *_, label in found]) for name, found in rows.items()}
-    marked = {
-        name: [
-            " ".join([*(f"a_{word}" for word in a.split()), *(f"b_{word}" for word in b.split())])
-            + f" first_a_{a.split()[0]} first_b_{b.split()[0]}"
-            for a, b, _ in found
-        ]
-        for name, found in rows.items()
-    }
-    words = make_pipeline(CountVectorizer(token_pattern=r"\S+", min_df=2), LogisticRegression(max_iter=300))
-    words.fit(marked["train"], labels["train"])
-    by_words = words.score(marked["validation"], labels["validation"])
+    texts = {name: [second for _, second, _ in found] for name, found in rows.items()}
+    words = make_pipeline(CountVectorizer(token_pattern=r"\S+", min_df=2), LogisticRegression(C=0.1, max_iter=300))
+    by_words = words.fit(texts["train"], labels["train"]).score(texts["validation"], labels["validation"])
 
     def lengths(found):
         sizes = np.array([(len(a), len(b), abs(len(a) - len(b)), len(a) * len(b) / 100) for a, b, _ in found])
@@ -93,8 +100,7 @@ def test_what_needs_no_comparison_of_the_two_texts_tells_nothing(corpus):
     by_length = LogisticRegression(max_iter=300).fit(lengths(rows["train"]), labels["train"])
     by_length = by_length.score(lengths(rows["validation"]), labels["validation"])
     print(f"validation accuracy by words {by_words:.3f}, by lengths {by_length:.3f}; rows {len(labels['validation'])}")
-    bound = 0.5 + 3 * 0.5 / np.sqrt(len(labels["validation"]))
-    assert by_words < bound and by_length < bound
+    assert by_words < 0.65 and by_length < 0.5 + 3 * 0.5 / np.sqrt(len(labels["validation"]))
 
 
 @pytest.mark.slow

@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from common.errors import UserError
-from common.limit_memory import peak_resident_bytes, refuse_above_cap, resident_bytes, set_memory_cap
+from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import GB, STRATEGIES, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan
 from common.models.footprint import footprint, parameter_count
 from common.models.layers import make_fast, use_attention
 from common.models.mlm import FAMILIES
 from common.models.presets import OPT_SIZES, opt_shape
+from common.utilisation import peak_resident_bytes, resident_bytes
 from pretraining import results
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000}

@@ -190,14 +190,14 @@ class EvalBatches:
     Args:
         rows: rows of the held-out documents.
         objective: as TrainBatches; its form for validation is taken.
-        max_samples: rows to use, spread over all of them; None = all.
+        max_samples: rows to use, spread over all of them.
         batch_size: rows in a batch. rank, ranks, device: as TrainBatches.
     """
 
     def __init__(self, rows, objective, max_samples, batch_size, rank, ranks, device):
         self.rows, self.objective, self.device = rows, objective.for_validation(), device
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
-        number = min(max_samples or len(rows), len(rows))
+        number = min(max_samples, len(rows))
         self.chosen = np.sort(permute(np.arange(number), len(rows), derive_key(EVAL_SEED)))
 
     def __iter__(self):

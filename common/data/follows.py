@@ -1,7 +1,7 @@
 """A sentence-pair task that is on every machine: does the second text follow the first in the same document?
 
-The first text is the beginning of a sentence of the embedded corpus. The second is its end, or the end of a sentence
-of another document of the same package, of about the same length.
+Both are sentences of the embedded corpus. A second one that does not follow is a sentence of another document of the
+same package, of about the same length.
 
     python -m common.data.follows [--cache_dir runs/cache]      prints the folder with train.tsv and validation.tsv
 """
@@ -22,52 +22,52 @@ from common.data.prepare import DEFAULT_CACHE_DIR
 from common.data.sources import document_hash, split
 from common.errors import run_main
 
-VERSION = 2  # of what is built; a new one makes caches build again
+VERSION = 3  # of what is built; a new one makes caches build again
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
-WORDS = range(12, 41)  # in a sentence that is used
+WORDS = range(6, 41)  # in a sentence that is used
 
 
 @dataclass(frozen=True)
 class Passage:
-    """The two parts of a sentence."""
+    """Two sentences of a document that stand next to each other, and another one of it."""
 
     package: str
     first: str
     second: str
+    other: str
 
 
 def find_passage(package: str, document: str, seen: set[str]) -> Passage | None:
-    """Choose a sentence of a document, and cut it somewhere in its middle third; its hash decides.
+    """Choose sentences of a document; its hash decides.
 
     Args:
         package: where the document comes from.
         document: its text.
-        seen: sentences of other passages, and their parts, which are not used again; this one's are added.
+        seen: sentences of other passages, which are not used again; this one's are added.
     Returns:
-        Passage, or None where no sentence can be used.
+        Passage, or None where the sentences do not suffice.
     """
-    sentences = [
-        text
-        for text in SENTENCE_END.split(document)
+    sentences = SENTENCE_END.split(document)
+    usable = [
+        number
+        for number, text in enumerate(sentences)
         if text.endswith((".", "!", "?")) and len(text.split()) in WORDS and text not in seen
     ]
-    if not sentences:
+    places = [number for number in usable if number - 1 in usable]
+    if not places or len({sentences[number] for number in usable}) < max(3, len(usable)):
         return None
-    sentence = sentences[document_hash(document) % len(sentences)]
-    words = sentence.split()
-    place = len(words) // 3 + document_hash(sentence) % (len(words) // 3 + 1)
-    passage = Passage(package, " ".join(words[:place]), " ".join(words[place:]))
-    if passage.first in seen or passage.second in seen:
-        return None
-    seen |= {sentence, passage.first, passage.second}
+    place = places[document_hash(document) % len(places)]
+    others = [number for number in usable if number not in (place - 1, place)]
+    other = others[document_hash(document[::-1]) % len(others)]
+    passage = Passage(package, sentences[place - 1], sentences[place], sentences[other])
+    seen |= {passage.first, passage.second, passage.other}
     return passage
 
 
 def make_rows(passages: Iterable[Passage]) -> list[tuple[str, str, int]]:
-    """Right and wrong pairs, such that no text alone tells which is which.
+    """Right and wrong pairs: each first text once with its second, and once with the other sentence of a passage.
 
-    Passages of a package are coupled by the length of their second texts. A couple gives four rows: each first text
-    once with its own second text and once with the other's.
+    Within a package, the second texts and the other sentences are brought together by the order of their lengths.
 
     Returns:
         list of (first, second, label), 1 where the second follows the first; in the order of a hash.
@@ -78,8 +78,14 @@ def make_rows(passages: Iterable[Passage]) -> list[tuple[str, str, int]]:
     rows = []
     for members in packages.values():
         members.sort(key=lambda passage: (len(passage.second), passage.second))
-        for one, other in zip(members[0::2], members[1::2], strict=False):
-            rows += [(a.first, b.second, int(a is b)) for a in (one, other) for b in (one, other)]
+        wrong = sorted(members, key=lambda passage: (len(passage.other), passage.other))
+        for number, passage in enumerate(members):
+            if wrong[number] is passage:  # its own document's: change places with the next
+                following = (number + 1) % len(wrong)
+                wrong[number], wrong[following] = wrong[following], wrong[number]
+        for passage, stranger in zip(members, wrong, strict=True):
+            if stranger is not passage:
+                rows += [(passage.first, passage.second, 1), (passage.first, stranger.other, 0)]
     return sorted(rows, key=lambda row: document_hash("\t".join(row[:2])))
 
 

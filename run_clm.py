@@ -48,6 +48,8 @@ from common.stop import StopSignals
 from common.unigram import unigram_baseline
 from common.utilisation import CAUSAL_FORMULA, Meter, causal_flops, resident_bytes
 
+UNSAID = ("_name_or_path", "transformers_version", "dtype")  # of a configuration: the same model without them
+
 
 def main():
     transformers.utils.logging.set_verbosity_error()
@@ -119,7 +121,9 @@ def main():
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint if corpus else "synthetic", "precision": in_force["precision"]}
-    settings |= {"model": str(config.to_diff_dict()), "parameters": parameters}
+    settings |= {
+        f"model {name}": str(value) for name, value in sorted(config.to_diff_dict().items()) if name not in UNSAID
+    }
     run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
     command = os.environ.get("FRUGAL_COMMAND") or shlex.join(["python", *sys.argv])  # as the user typed it
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
@@ -148,7 +152,7 @@ def main():
             run.finish_step(grad_norm, tokens)
 
     # ---- Save, judge, report -----------------------------------------------------------------------
-    if args.throughput_steps:
+    if args.throughput_steps and run.reason != "signal":
         return run.report_throughput(in_force)
     if (exit_code := run.stopped()) is not None:
         return exit_code

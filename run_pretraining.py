@@ -147,7 +147,7 @@ def main():
             run.finish_step(grad_norm, tokens)
 
     # ---- Save, judge, report -----------------------------------------------------------------------
-    if args.throughput_steps:
+    if args.throughput_steps and run.reason != "signal":
         return run.report_throughput(in_force)
     if (exit_code := run.stopped()) is not None:
         return exit_code

@@ -95,7 +95,7 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_loss(small_chunks, bi
     assert all(0 < error < 0.02 for error in found[plain])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_its_memory_at_8192_tokens_is_a_tenth_of_the_plain_ones(harness):
     """Growth of a fresh process's peak over forward and backward; inputs and the head's gradient do not count."""
     measured = {}

@@ -343,7 +343,7 @@ def test_estimate_against_the_peak_of_a_small_run(harness, out):
     assert 0.85 <= estimated_over_measured(out) <= 1.25
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_estimate_against_the_peak_of_opt_125m(harness, out, checkpointing):
     flags = training_flags(out, rows=4, length=128, checkpointing=checkpointing)

@@ -83,8 +83,11 @@ def main():
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
     shape = (config, data_args, args, per_device, accumulation)
     workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type)
-    expected = estimate(workload, resident_bytes())
+    footprint = parallel.on_main(accelerator, workload.footprint)
+    expected = parallel.on_main(accelerator, lambda: estimate(workload, resident_bytes(), footprint))
     say(format_estimate(expected, args.mem_cap))
+    if not footprint.traced:
+        say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
     refuse_above_cap(workload, expected, args.mem_cap)
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)

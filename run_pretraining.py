@@ -96,8 +96,6 @@ def main():
         per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
     accelerator.gradient_accumulation_steps = accumulation
     say(f"output: {output_dir}")
-    if args.replay_clock:
-        say(f"note: times are replayed from {args.replay_clock}, not measured")
     say(
         f"model: {model_args.model_name_or_path or config.model_type}, {parameters:,} parameters; "
         f"{len(rows):,} rows of {data_args.max_seq_length} tokens; global batch {args.train_batch_size} rows = "

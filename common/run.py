@@ -45,6 +45,8 @@ class Run:
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.rows, self.settings, self.output_dir, self.say, self.stop = rows, settings, output_dir, say, stop
         main = accelerator.is_main_process
+        if args.replay_clock:
+            say(f"note: times are replayed from {args.replay_clock}, not measured")
         self.clock = BudgetClock(
             args.total_training_time,
             parallel.agree_max(accelerator),

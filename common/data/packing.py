@@ -39,8 +39,7 @@ class Frame:
     @classmethod
     def for_causal(cls, tokenizer):
         """The token that begins a text, or where there is none the one that ends it, in front of every segment."""
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        first, end, pad = ids
+        first, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         return cls(end if first is None else first, None, end if pad is None else pad)
 
     @property

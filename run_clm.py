@@ -99,6 +99,7 @@ def main():
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
     optimizer = build_optimizer(model, args)
+    parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
@@ -112,7 +113,7 @@ def main():
         try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
         per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
-    accelerator.gradient_accumulation_steps = accumulation
+        parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     say(
         f"output: {output_dir}",
         f"model: {name_of(model_args)}, {parameters:,} parameters; {len(rows):,} rows of {data_args.block_size} "

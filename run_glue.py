@@ -88,7 +88,7 @@ def main():
         per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         if args.train_batch_size:
             per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
-        accelerator.gradient_accumulation_steps = accumulation
+        parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
         here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
         batches = GroupedBatches(train, args.seed, per_device, accumulation, **here)
         total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.steps_per_epoch)
@@ -128,7 +128,7 @@ def main():
 
         def save_state():
             with step_log.paused():
-                refuse_infinite_weights(model, state.completed_steps)
+                refuse_infinite_weights(accelerator, model, state.completed_steps)
                 values = {"train": vars(state), "log": step_log.state(), "settings": settings}
                 write = partial(save_training_state, accelerator, model, optimizer)
                 save_checkpoint(accelerator, output_dir, state.completed_steps, write, values, args.save_total_limit)

@@ -82,11 +82,12 @@ def main():
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
     optimizer = build_optimizer(model, args)
-    model, optimizer = accelerator.prepare(model.train(), optimizer)
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
-    stream = partial(TrainBatches, rows, masking, args.seed, **here)
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    stream = partial(TrainBatches, rows, masking, args.seed, **here)
     attention = model_args.attn_implementation
     if args.auto_find_batch_size:
         use_attention(plain_model(model), "plain" if attention == "auto" else attention)  # plain needs the most memory
@@ -94,7 +95,7 @@ def main():
         try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
         per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
-    accelerator.gradient_accumulation_steps = accumulation
+        parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     say(f"output: {output_dir}")
     say(
         f"model: {model_args.model_name_or_path or config.model_type}, {parameters:,} parameters; "

@@ -102,6 +102,38 @@ def hidden_matrices(model: torch.nn.Module) -> set[torch.nn.Parameter]:
     return {layer.weight for layer in linear if layer.weight not in outside}
 
 
+@torch.no_grad()
+def is_elementwise(optimizer: torch.optim.Optimizer, steps: int = 3) -> bool:
+    """Whether an optimizer treats every number by itself, so that it may be given any part of a tensor: tried out.
+
+    A twin updates two matrices of different size, another one their numbers in a row, by the same gradients. What
+    looks at whole tensors (LAMB, LARS, Muon, Adafactor, Shampoo) tells the difference, or refuses the row.
+
+    Args:
+        optimizer: as build_optimizer returned it; left as it is.
+        steps: updates.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(4, 6, generator=generator), 10 * torch.randn(3, 5, generator=generator)]
+    row = [torch.cat([matrix.flatten() for matrix in whole])]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        for setting in settings:
+            left, right = ([t.clone().requires_grad_() for t in tensors] for tensors in (whole, row))
+            twins = [type(optimizer)([{**setting, "params": tensors}]) for tensors in (left, right)]
+            for _ in range(steps):
+                for tensor in left:
+                    tensor.grad = torch.randn(tensor.shape, generator=generator)
+                right[0].grad = torch.cat([tensor.grad.flatten() for tensor in left])
+                for twin in twins:
+                    twin.step()
+            if not torch.allclose(torch.cat([tensor.flatten() for tensor in left]), right[0], rtol=1e-5, atol=1e-6):
+                return False
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return False
+    return True
+
+
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     """Look up a name in the registry, or import module:Class from the working directory or the Python path.
 

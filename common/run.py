@@ -149,7 +149,7 @@ class Run:
         for marker in clock.passed(args.time_markers):
             folder = self.output_dir / f"marker_{marker:g}"
             with self.log.paused():
-                refuse_infinite_weights(self.model, state.completed_steps)
+                refuse_infinite_weights(self.accelerator, self.model, state.completed_steps)
                 save_pretrained(self.accelerator, self.model, self.tokenizer, folder)
             self.bar.note(f"step {state.completed_steps:,}: model saved in {folder}")
         if limits.checkpoint_due(rows_before, hours_before) and not self.reason:
@@ -173,7 +173,7 @@ class Run:
     def save_state(self):
         """Write a checkpoint of this step."""
         with self.log.paused():
-            refuse_infinite_weights(self.model, self.state.completed_steps)
+            refuse_infinite_weights(self.accelerator, self.model, self.state.completed_steps)
             values = {"train": vars(self.state), "clock": self.clock.state_dict(), "log": self.log.state()}
             values |= {"settings": self.settings, "validation_owed": self.validation_owed, **self.remembered}
             write = partial(save_training_state, self.accelerator, self.model, self.optimizer)
@@ -227,7 +227,7 @@ class Run:
         parallel.shut_down(self.accelerator)
 
     def _figures(self):
-        parameter_bytes, optimizer_bytes = bytes_per_rank(self.model, self.optimizer)
+        parameter_bytes, optimizer_bytes = bytes_per_rank(self.accelerator, self.model, self.optimizer)
         return {
             "train_loss": self.loss_now,
             "train_steps": self.state.completed_steps,

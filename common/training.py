@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import DivergedError
-from common.parallel.state import consolidated_weights, plain_model
+from common.parallel.state import all_finite, consolidated_weights, plain_model
 
 LESS_EXTREME = (
     "continue with --resume_from_checkpoint latest (or an older step_N) and a lower --learning_rate, a longer "
@@ -151,10 +151,9 @@ def evaluate(accelerator, model, eval_batches):
     return {"eval_loss": loss / weight, "eval_accuracy": correct / weight}
 
 
-def refuse_infinite_weights(model, step):
+def refuse_infinite_weights(accelerator, model, step):
     """Raise DivergedError where the last update made a weight NaN or infinite: the loss shows it only a step later."""
-    finite = torch.stack([torch.isfinite(parameter).all() for parameter in model.parameters()]).all()
-    if not finite:  # host sync
+    if not all_finite(accelerator, model):  # host sync
         raise DivergedError(f"the weights are no longer finite after step {step}: {LESS_EXTREME}")
 
 

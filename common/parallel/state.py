@@ -1,10 +1,14 @@
-"""Weights and optimizer state of a run in training, on disk and back, and the final weights as one dict."""
+"""Weights and optimizer state of a run in training, on disk and back, and the final weights as one dict.
+
+Under every strategy a checkpoint holds whole tensors under the names of the plain model, so that another strategy, or
+another number of processes, can continue from it.
+"""
 
 from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch.nn.parallel import DistributedDataParallel
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from common.errors import UserError
 
@@ -17,24 +21,24 @@ def plain_model(model):
 
     accelerate's own unwrap_model imports DeepSpeed where it is installed, which takes seconds.
     """
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "module", model)
 
 
 def save_training_state(accelerator, model, optimizer, folder):
-    """Write weights and optimizer state. Every process calls it.
-
-    Where every process holds everything, the main process writes it once under the names of the plain model, so that
-    any number of processes can continue from it.
+    """Write weights and optimizer state. Every process calls it; the main one writes.
 
     Args:
         model, optimizer: as accelerator.prepare returned them.
         folder: Path that exists.
     """
+    plain = _at_rest(accelerator, model)
+    weights = _whole_weights(accelerator, plain)
+    state = accelerator.states.whole_optimizer_state(optimizer.optimizer, _names(plain))
     if accelerator.is_main_process:
-        save_model(plain_model(model), str(folder / WEIGHTS))  # knows tied tensors
-        plain_model(model).config.save_pretrained(folder)  # so that from_pretrained can load it, too
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        plain.config.save_pretrained(folder)  # so that from_pretrained can load it, too
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}  # fp16's loss scale
-        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
+        torch.save({**state, "scaler": scaler}, folder / OPTIMIZER)
 
 
 def load_training_state(accelerator, model, optimizer, folder):
@@ -43,7 +47,11 @@ def load_training_state(accelerator, model, optimizer, folder):
     Raises:
         UserError: the optimizer keeps something else in its state.
     """
-    load_model(plain_model(model), folder / WEIGHTS)
+    plain, states = _at_rest(accelerator, model), accelerator.states
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        states.set_whole_weights(plain, file.get_tensor)
+        for name, buffer in _buffers(plain).items():
+            buffer.copy_(file.get_tensor(name))
     try:
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -51,7 +59,7 @@ def load_training_state(accelerator, model, optimizer, folder):
             f"{folder / OPTIMIZER}: this optimizer keeps more than tensors and numbers in its state, which is not "
             "unpickled; let its state_dict hold plain values"
         ) from error
-    optimizer.load_state_dict(state["optimizer"])
+    states.set_whole_optimizer_state(optimizer.optimizer, state, _names(plain))
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -62,12 +70,48 @@ def consolidated_weights(accelerator, model):
     Returns:
         dict of names of the plain model to tensors, as save_pretrained(state_dict=...) takes it.
     """
-    return plain_model(model).state_dict() if accelerator.is_main_process else {}
+    plain = _at_rest(accelerator, model)
+    weights, names = _whole_weights(accelerator, plain), _names(plain)
+    every_name = plain.named_parameters(remove_duplicate=False)  # tied ones too
+    return weights | {name: weights[names[p]] for name, p in every_name} if accelerator.is_main_process else {}
 
 
-def bytes_per_rank(model, optimizer):
+def bytes_per_rank(accelerator, model, optimizer):
     """(parameter bytes, optimizer state bytes) that this process holds."""
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = optimizer.state_dict()["state"].values()
-    tensors = [value for state in states for value in state.values() if torch.is_tensor(value)]
-    return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    plain, states = _at_rest(accelerator, model), accelerator.states
+    held = states.held_weights(plain), states.held_state(optimizer.optimizer)
+    return tuple(sum(tensor.numel() * tensor.element_size() for tensor in tensors) for tensors in held)
+
+
+def all_finite(accelerator, model):
+    """Whether no process holds a weight that is NaN or infinite. Every process calls it."""
+    held = accelerator.states.held_weights(_at_rest(accelerator, model))
+    infinite = torch.stack([~torch.isfinite(tensor).all() for tensor in held]).any()
+    return not accelerator.reduce(infinite.float()).item()
+
+
+def _at_rest(accelerator, model):
+    """The plain model, holding between two steps what the strategy lets it hold."""
+    plain = plain_model(model)
+    accelerator.states.rest(plain)
+    return plain
+
+
+def _whole_weights(accelerator, model):
+    """Parameters and persistent buffers by name, tied ones once; {} on all but the main process."""
+    weights = _buffers(model) if accelerator.is_main_process else {}
+    for name, tensor in accelerator.states.whole_weights(model):
+        if accelerator.is_main_process:
+            weights[name] = tensor
+    return weights
+
+
+def _names(model):
+    """The first name of each parameter."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _buffers(model):
+    """Persistent buffers by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -1,0 +1,43 @@
+"""DeepSpeed's compiled extensions: built once, before they are needed, with a word to the user."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory
+
+from common.errors import UserError
+
+BUILDERS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder"}  # by their folders' names
+BATON = "lock"  # torch's file in the folder of a build; a build that was killed leaves it, and later ones wait forever
+GUARD = ".building"  # ours, held by a process that builds, and free when it is dead
+
+
+def build_extension(name):
+    """Build an extension if it is missing, and load it. The processes of a machine take turns.
+
+    Args:
+        name: in BUILDERS.
+    Raises:
+        UserError: no compiler, a build that fails, or a lock that a killed build has left.
+    """
+    folder = Path(_get_build_directory(name, verbose=False))
+    with open(folder / GUARD, "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if (folder / BATON).exists():
+            raise UserError(f"{folder / BATON}: a build that was killed has left this lock: remove it and start again")
+        if not any(folder.glob("*.so")):
+            if not shutil.which(os.environ.get("CXX", "g++")):
+                raise UserError(f"DeepSpeed's {name} has to be compiled and there is no C++ compiler: install g++")
+            print(f"building DeepSpeed's {name} in {folder}, once; it takes minutes", flush=True)
+        try:
+            get_accelerator().create_op_builder(BUILDERS[name]).load()
+        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+            (folder / BATON).unlink(missing_ok=True)
+            fault = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"DeepSpeed's {name} cannot be built in {folder}: {fault}; is the compiler whole?"
+            ) from error

@@ -1,0 +1,87 @@
+"""States in torch's own tensors, whole on every process or cut as DTensors. See common.parallel.state."""
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(value):
+    """A tensor in one piece; anything else as it is. Every process calls it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def cut_like(value, parameter):
+    """A whole tensor of a parameter's shape, cut as the parameter is; anything else as it is."""
+    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+def rest(model):
+    """Let go of what fully_shard has made whole for a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_weights(model):
+    """Yield (name, whole tensor) of every parameter. Every process iterates."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())
+
+
+@torch.no_grad()
+def set_whole_weights(model, weights):
+    """Give a model other weights. Args: weights: function of a name giving its whole tensor."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(cut_like(weights(name), parameter))
+
+
+def whole_optimizer_state(optimizer, names):
+    """The optimizer's state by name, with whole tensors. Every process calls it.
+
+    Args:
+        optimizer: of torch; names: dict of parameters to names.
+    Returns:
+        dict: state (dict of names to dicts of tensors and numbers), param_groups (their `params` names).
+    """
+    saved, parameters = optimizer.state_dict(), _numbered(optimizer)
+    state = {
+        names[parameters[number]]: {key: whole(value) for key, value in values.items()}
+        for number, values in saved["state"].items()
+    }
+    groups = [group | {"params": [names[parameters[n]] for n in group["params"]]} for group in saved["param_groups"]]
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def set_whole_optimizer_state(optimizer, saved, names):
+    """Take over what whole_optimizer_state returned, or the like of another strategy."""
+    parameters = _numbered(optimizer)
+    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
+    state = {
+        numbers[name]: {key: cut_like(value, parameters[numbers[name]]) for key, value in values.items()}
+        for name, values in saved["state"].items()
+    }
+    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def held_weights(model):
+    """The parts of the weights that this process holds."""
+    return [_held(parameter.detach()) for parameter in model.parameters()]
+
+
+def held_state(optimizer):
+    """The tensors of the optimizer's state that this process holds."""
+    states = optimizer.state_dict()["state"].values()
+    return [_held(value) for state in states for value in state.values() if torch.is_tensor(value)]
+
+
+def _held(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _numbered(optimizer):
+    """The parameters in the order in which state_dict() numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -95,7 +95,7 @@ def main():
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     parameters, flops = model.num_parameters(), causal_flops(model, data_args.block_size)
-    compiling = accelerator.device.type == "cuda" if args.torch_compile is None else args.torch_compile
+    compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
     optimizer = build_optimizer(model, args)
@@ -148,12 +148,10 @@ def main():
             if accelerator.sync_gradients and args.max_grad_norm > 0:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            if optimizer.step_was_skipped:  # fp16 overflow, which its loss scale answers
-                grad_norm = None
             optimizer.zero_grad()
         run.log.add(loss)
         if accelerator.sync_gradients:
-            run.finish_step(grad_norm, tokens)
+            run.finish_step(grad_norm, tokens, skipped=optimizer.step_was_skipped)
 
     # ---- Save, judge, report -----------------------------------------------------------------------
     if args.throughput_steps and run.reason != "signal":

@@ -227,13 +227,13 @@ def main():
 
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here."""
-    parallel.check_launch(args.precision, "none")
+    launch = parallel.check_launch(args.precision, "none")
     if args.train_batch_size:
         cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     _, _, model, _ = load(model_args, data_args, args)
-    build_optimizer(model, args)
+    parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 
 

@@ -78,7 +78,7 @@ def main():
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     config, parameters = model.config, model.num_parameters()
-    compiling = accelerator.device.type == "cuda" if args.torch_compile is None else args.torch_compile
+    compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
     optimizer = build_optimizer(model, args)
@@ -138,12 +138,10 @@ def main():
             if accelerator.sync_gradients and args.max_grad_norm > 0:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            if optimizer.step_was_skipped:  # fp16 overflow, which its loss scale answers
-                grad_norm = None
             optimizer.zero_grad()
         run.log.add(loss)
         if accelerator.sync_gradients:
-            run.finish_step(grad_norm, tokens)
+            run.finish_step(grad_norm, tokens, skipped=optimizer.step_was_skipped)
 
     # ---- Save, judge, report -----------------------------------------------------------------------
     if args.throughput_steps and run.reason != "signal":
@@ -161,14 +159,15 @@ def main():
 
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
-    parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
     cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     corpus, *_ = prepare_rows(data_args, print)
-    build_optimizer(build_mlm_model(model_args, data_args, corpus.tokenizer), args)
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 
 

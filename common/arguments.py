@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
 from common.limits import WARM_UP_STEPS
 from common.models.presets import MODEL_SIZES, model_shape
+from common.parallel import launched_engine
 from common.schedulers import CURVE_NAMES, check_curve
 
 CPU_BATCH, GPU_BATCH = 8, 256  # small ones learn more from minutes on a CPU (benchmarks/README.md); a GPU needs work
@@ -43,6 +44,8 @@ PARITY = {
         "packing": "concat",
     }
 }
+# Where the YAML cuts matrices over the processes: the best without Muon (benchmarks/README.md).
+OF_CUT_TENSORS = {"optimizer_type": "adamw", "learning_rate": 1e-3}
 PARITY_EPOCHS = 3.0  # that example's, where no limit is given
 
 # ExtremeBERT's launcher and loader owned these; each is answered with the YAML that does the job here.
@@ -325,6 +328,10 @@ def parse_pretraining_arguments(argv=None):
         one_of("parity", training.parity, list(PARITY))
         defaults = PARITY[training.parity]
         model, data, training = parse(GROUPS, argv, **defaults)
+    if training.optimizer_type == "muon" and launched_engine() != "plain":
+        model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
+        if training.optimizer_type != "muon":
+            notes = [*notes, "note: this YAML cuts matrices, which Muon needs whole: AdamW takes its place"]
     _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids

@@ -5,16 +5,19 @@ import importlib
 import inspect
 import os
 import sys
+from collections import defaultdict
 
 import torch
 
 from common.errors import UserError
+from common.optim.lamb import Lamb
 from common.optim.muon import Muon
 
 OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (params, lr, ...)
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
+    "lamb": Lamb,
     "muon": Muon,  # for the matrices of the layers, AdamW for the rest
 }
 # Constructor arguments that have a flag of their own and therefore are not for --optimizer_args.
@@ -106,8 +109,8 @@ def hidden_matrices(model: torch.nn.Module) -> set[torch.nn.Parameter]:
 def is_elementwise(optimizer: torch.optim.Optimizer, steps: int = 3) -> bool:
     """Whether an optimizer treats every number by itself, so that it may be given any part of a tensor: tried out.
 
-    A twin updates two matrices of different size, another one their numbers in a row, by the same gradients. What
-    looks at whole tensors (LAMB, LARS, Muon, Adafactor, Shampoo) tells the difference, or refuses the row.
+    One twin updates two matrices of different size, another their numbers in a row, by the same gradients. What looks
+    at whole tensors (LAMB, LARS, Muon, Adafactor, Shampoo) tells the difference, or fails on the row.
 
     Args:
         optimizer: as build_optimizer returned it; left as it is.
@@ -120,7 +123,7 @@ def is_elementwise(optimizer: torch.optim.Optimizer, steps: int = 3) -> bool:
     try:
         for setting in settings:
             left, right = ([t.clone().requires_grad_() for t in tensors] for tensors in (whole, row))
-            twins = [type(optimizer)([{**setting, "params": tensors}]) for tensors in (left, right)]
+            twins = [_twin(optimizer, [{**setting, "params": tensors}]) for tensors in (left, right)]
             for _ in range(steps):
                 for tensor in left:
                     tensor.grad = torch.randn(tensor.shape, generator=generator)
@@ -129,9 +132,16 @@ def is_elementwise(optimizer: torch.optim.Optimizer, steps: int = 3) -> bool:
                     twin.step()
             if not torch.allclose(torch.cat([tensor.flatten() for tensor in left]), right[0], rtol=1e-5, atol=1e-6):
                 return False
-    except (ValueError, RuntimeError, TypeError, IndexError):
+    except (ValueError, RuntimeError, TypeError, LookupError):  # not proven
         return False
     return True
+
+
+def _twin(optimizer, groups):
+    """An optimizer with the same settings and nothing done yet; its constructor may want what nobody remembers."""
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(vars(optimizer), param_groups=groups, state=defaultdict(dict))
+    return twin
 
 
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:

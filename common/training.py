@@ -63,6 +63,10 @@ class StepLog:
         if len(self._unread) >= MOST_UNREAD:
             self.read()
 
+    def drop_step(self):
+        """Forget the losses of a step that was not made."""
+        self._micro_losses = []
+
     def paused(self):
         """Context in which time does not count as training (validation, saving)."""
         return _Pause(self)

@@ -9,7 +9,7 @@ python=${FRUGAL_VENV:-.venv}/bin/python
 [[ $python == /* ]] || python=$repo/$python
 launch_flags=()
 
-# Sets config, launcher, processes, precision and role: the YAML for a name in accelerate_configs/ or a path, or
+# Sets config, launcher, processes, precision, role and distributed_type: the YAML for a name in accelerate_configs/ or a path, or
 # without one what fits the machine.
 resolve_config() {
     local name=$1
@@ -29,6 +29,7 @@ resolve_config() {
     [[ $processes =~ ^[1-9][0-9]*$ ]] || processes=1
     precision=$(yaml_value mixed_precision)
     role=$(yaml_value role)
+    distributed_type=$(yaml_value distributed_type)
     if [[ -z $1 ]] && ((gpus > 1)); then
         processes=$gpus
         launch_flags+=(--num_processes "$gpus")
@@ -89,7 +90,11 @@ check_then_launch() {
 check() {
     local script=$repo/$1
     shift
-    WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
+    local deepspeed=false fsdp=false
+    [[ $distributed_type != DEEPSPEED ]] || deepspeed=true
+    [[ $distributed_type != FSDP ]] || fsdp=true
+    ACCELERATE_USE_DEEPSPEED=$deepspeed ACCELERATE_USE_FSDP=$fsdp \
+        WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
         interruptible "$python" "$script" "$@" --check_arguments || exit
 }
 

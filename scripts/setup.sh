@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes the Python environment that every other script uses. Does nothing, in milliseconds, when it is up to date.
-# Usage: bash scripts/setup.sh [--dev]
-#   --dev         also what the tests need (requirements-dev.txt)
-#   FRUGAL_VENV   where the environment is, relative to the repository (default: .venv)
+# Usage: bash scripts/setup.sh [--dev | --with-offload]
+#   --dev           also what the tests need (requirements-dev.txt)
+#   --with-offload  also compile what DeepSpeed's YAMLs would compile at their first use: minutes, and a C++ compiler
+#   FRUGAL_VENV     where the environment is, relative to the repository (default: .venv)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,8 @@ unfinished=$venv.unfinished # exists while the environment is being changed: fou
 case "$*" in
     "") requirements=(requirements.txt) ;;
     --dev) requirements=(requirements.txt requirements-dev.txt) ;;
-    *) echo "setup: unknown argument '$*'. Usage: bash scripts/setup.sh [--dev]" >&2 && exit 2 ;;
+    --with-offload) requirements=(requirements.txt) ;;
+    *) echo "setup: unknown argument '$*'. Usage: bash scripts/setup.sh [--dev | --with-offload]" >&2 && exit 2 ;;
 esac
 
 # What the environment was made from, its place and interpreter included: an environment that was moved, or whose Python
@@ -70,7 +72,12 @@ fail() {
     exit 1
 }
 
-up_to_date && exit
+finish() {
+    [[ $1 != --with-offload ]] || exec "$venv/bin/python" -m common.parallel.extensions
+    exit
+}
+
+up_to_date && finish "${1:-}"
 
 python=$(find_python) || {
     echo "setup: needs Python 3.11 to 3.14 with its venv module on PATH (Debian: python3 and python3-venv)" >&2
@@ -86,7 +93,7 @@ try:
 except BlockingIOError:
     print("setup: waiting for another setup of the same environment", file=sys.stderr)
     fcntl.flock(9, fcntl.LOCK_EX)'
-up_to_date && exit # the one we waited for did it
+up_to_date && finish "${1:-}" # the one we waited for did it
 
 echo "setup: installing into $venv, once: about 3 minutes and 2 GB, more where pip picks a CUDA build" >&2
 command -v cc gcc clang >/dev/null || echo "setup: warning: no C compiler found; torch.compile and DeepSpeed need one" >&2
@@ -95,3 +102,4 @@ if [[ -e $unfinished ]] || ! usable; then
 fi
 install
 echo "setup: done in $SECONDS s" >&2
+finish "${1:-}"

@@ -101,9 +101,21 @@ def test_results_predictions_and_checkpoint(whole, rte):
         assert float(row["loss"]) == pytest.approx(loss, abs=2e-5)
 
 
-@pytest.mark.parametrize("config", ["accelerate_configs/cpu.yaml", "accelerate_configs/ddp.yaml"])
-def test_two_processes_score_as_one(harness, whole, checkpoint, rte, tmp_path, config):
-    out = tmp_path / "two"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "ddp",
+        "zero2",
+        "fsdp",
+        *(
+            pytest.param(n, marks=pytest.mark.exhaustive)
+            for n in ("zero1", "zero3", "zero2_offload", "zero3_offload", "fsdp_offload")
+        ),
+    ],
+)
+def test_two_processes_score_as_one(harness, whole, checkpoint, rte, tmp_path, name):
+    out, config = tmp_path / "two", f"accelerate_configs/{name}.yaml"
     words = command(checkpoint, rte, out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
     for rank in harness.launch(*words, config=fp32_copy(config, tmp_path)):
         rank.check()

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, Megatr
 
 from common.errors import UserError
 from common.optim.muon import COEFFICIENTS, orthogonalize
-from common.optimizers import build_optimizer, hidden_matrices, parameter_groups
+from common.optimizers import build_optimizer, hidden_matrices, is_elementwise, parameter_groups
 
 SIZES = {
     "vocab_size": 64,
@@ -317,7 +317,10 @@ def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer_type": "adamz"}, "adamz: no such optimizer; choose adamw, adam, sgd, muon, or .*module:Class"),
+        (
+            {"optimizer_type": "adamz"},
+            "adamz: no such optimizer; choose adamw, adam, sgd, lamb, muon, or .*module:Class",
+        ),
         ({"optimizer_type": ":Class"}, "no such optimizer"),
         ({"optimizer_type": "no_such_module:Class"}, "importing no_such_module .* failed: ModuleNotFoundError"),
         ({"optimizer_type": "torch.optim:AdamZ"}, "torch.optim has no class AdamZ"),
@@ -347,3 +350,57 @@ def test_what_is_wrong_in_the_users_own_file_is_said(own_module, tmp_path):
         build_optimizer(small_model(), arguments(optimizer_type="broken_optimizer:Half"))
     with pytest.raises(UserError, match="no class NotAnOptimizer derived from torch.optim.Optimizer"):
         build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:NotAnOptimizer"))
+
+
+def written_out_lamb(parameters, lr, decay, steps_of_gradients):
+    """LAMB as in the paper, in float64: Adam's direction on vectors, on matrices scaled to the matrix's own norm."""
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    for t, gradients in enumerate(steps_of_gradients, 1):
+        for index, gradient in enumerate(gradients):
+            x, (m, v) = parameters[index], moments[index]
+            m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
+            moments[index] = m, v
+            r = (m / (1 - 0.9**t)) / ((v / (1 - 0.98**t)).sqrt() + 1e-6)
+            r = r + (decay if x.ndim > 1 else 0.0) * x
+            length, size = r.pow(2).sum().sqrt(), x.pow(2).sum().sqrt()
+            scale = size / length if x.ndim > 1 and size > 0 and length > 0 else 1.0
+            parameters[index] = x - lr * scale * r
+    return parameters
+
+
+def test_lamb_equals_the_paper_written_out():
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(16, 8), (16,), (4, 16), (3, 5)]
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    start[-1].zero_()  # a matrix of norm 0 takes Adam's step
+    gradients = [[torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(5)]
+    model = torch.nn.Module()
+    for index, tensor in enumerate(start):
+        name = f"p{index}" if tensor.ndim > 1 else f"p{index}_bias"
+        model.register_parameter(name, torch.nn.Parameter(tensor.clone()))
+    optimizer = build_optimizer(model, arguments(optimizer_type="lamb"))
+    for of_step in gradients:
+        for parameter, gradient in zip(model.parameters(), of_step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for left, right in zip(model.parameters(), written_out_lamb(start, 1e-2, 0.1, gradients), strict=True):
+        torch.testing.assert_close(left.detach(), right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("adamw", True), ("adam", True), ("sgd", True), ("torch.optim:NAdam", True)]
+    + [("lamb", False), ("muon", False), ("torch.optim:RMSprop", True)],
+)
+def test_elementwise_optimizers_are_found_out_by_trying(name, expected):
+    model = layered_model()
+    optimizer = build_optimizer(model, arguments(optimizer_type=name))
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert is_elementwise(optimizer) is expected
+    assert all(left.equal(right) for left, right in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state
+
+
+def test_a_users_own_optimizer_is_tried_too(own_module):
+    for name in ("SignDescent", "Patient", "Fixed"):
+        assert is_elementwise(build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:{name}"))), name

@@ -9,7 +9,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 
-from common.errors import UserError
+from common.errors import UserError, run_main
 
 BUILDERS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder"}  # by their folders' names
 BATON = "lock"  # torch's file in the folder of a build; a build that was killed leaves it, and later ones wait forever
@@ -41,3 +41,16 @@ def build_extension(name):
             raise UserError(
                 f"DeepSpeed's {name} cannot be built in {folder}: {fault}; is the compiler whole?"
             ) from error
+
+
+def build_all():
+    """Build what the YAMLs may ask for on this machine."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    for name in BUILDERS:
+        if on_cpu or name == "cpu_adam":
+            build_extension(name)
+            print(f"DeepSpeed's {name} is ready")
+
+
+if __name__ == "__main__":
+    run_main(build_all)

@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from common.hardware import has_bf16
+from common.optimizers import is_elementwise
 
 # What the first word of a YAML's `role` may be; accelerate's own strategies leave torchrun's "default".
 ROLES = ("default", "cpu")
@@ -50,8 +51,31 @@ def check_launch(precision, tracker, compiled=False):
     cpu = words[0] == "cpu" or _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if compiled and cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("--torch_compile needs a C++ compiler on a CPU: install g++, or drop the flag")
-    engine = next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain")
-    return Launch(engine, words[0], launched_processes(), cpu, _resolve_precision(precision, cpu))
+    return Launch(launched_engine(), words[0], launched_processes(), cpu, _resolve_precision(precision, cpu))
+
+
+def launched_engine():
+    """What the launcher asks to cut the model's tensors: "deepspeed", "fsdp", or "plain" for nothing."""
+    return next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain")
+
+
+def check_optimizer(engine, optimizer):
+    """Refuse an optimizer that would compute something else on what an engine gives it.
+
+    Args:
+        engine: as launched_engine; optimizer: as build_optimizer returned it.
+    Raises:
+        UserError: it looks at whole tensors and would see parts of them.
+    """
+    if engine == "plain" or is_elementwise(optimizer):
+        return
+    if engine == "fsdp" and getattr(optimizer, "sees_whole_dtensors", False):
+        return
+    other = "" if engine == "fsdp" else ", accelerate_configs/fsdp.yaml" * hasattr(optimizer, "sees_whole_dtensors")
+    raise UserError(
+        f"{type(optimizer).__name__} looks at whole tensors and would be given parts of them: give --optimizer_type "
+        f"adamw, or choose accelerate_configs/ddp.yaml{other}"
+    )
 
 
 def launched_processes():

@@ -1,9 +1,7 @@
 """The accelerator where every process holds the whole model, and what those of other strategies must answer."""
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from common.errors import UserError
 from common.parallel import tensors
 
 
@@ -14,12 +12,10 @@ class PlainAccelerator(Accelerator):
         launch: common.parallel.launch.Launch; settings: of accelerate.Accelerator.
     Attributes:
         states: the module that turns what this strategy holds into whole tensors and back; see common.parallel.state.
-        cuts_tensors: whether the optimizer sees parts of tensors.
         compiles: whether the model may be compiled as a whole before prepare().
     """
 
     states = tensors
-    cuts_tensors = False
     compiles = True
 
     def __init__(self, launch, **settings):
@@ -30,6 +26,11 @@ class PlainAccelerator(Accelerator):
             **settings,
         )
 
+    def prepare_optimizer(self, optimizer, device_placement=None):
+        """As accelerate's; an overflow in fp16 is left to the loss scale, which says when it skips an update."""
+        optimizer._step_supports_amp_scaling = False  # a fused optimizer skips in silence
+        return super().prepare_optimizer(optimizer, device_placement)
+
     def describe_strategy(self):
         """What is in force, for people."""
         return "single process" if self.num_processes == 1 else "data parallel (DDP)"
@@ -37,16 +38,3 @@ class PlainAccelerator(Accelerator):
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
         """As common.parallel.set_batch."""
         self.gradient_accumulation_steps = accumulation
-
-    def refuse_optimizers(self, objects, takes):
-        """Raise UserError where an optimizer among the objects cannot work under this strategy.
-
-        Args:
-            objects: what prepare() was given; takes: function of an optimizer, whether it can.
-        """
-        for optimizer in objects:
-            if isinstance(optimizer, torch.optim.Optimizer) and not takes(optimizer):
-                raise UserError(
-                    f"{type(optimizer).__name__} looks at whole tensors, and {self.describe_strategy()} gives it "
-                    "parts of them: give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml"
-                )

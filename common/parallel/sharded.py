@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from common.errors import UserError
-from common.optimizers import is_elementwise
+from common.parallel.launch import check_optimizer
 from common.parallel.plain import PlainAccelerator
 
 PARALLELISM = "PARALLELISM_CONFIG_"
@@ -36,7 +36,6 @@ class ShardedAccelerator(PlainAccelerator):
         UserError: something in the YAML that is not done here.
     """
 
-    cuts_tensors = True
     compiles = False
 
     def __init__(self, launch, **settings):
@@ -48,6 +47,8 @@ class ShardedAccelerator(PlainAccelerator):
             if os.environ.get(name, value) != value:
                 key = name.lower()
                 raise UserError(f"the YAML's {key} {os.environ[name]} is not supported: {remedy}; set it to {value}")
+        if launch.precision == "fp16":
+            raise UserError("fp16 is not supported under FSDP: take bf16, or a ZeRO YAML")
         sizes = _parallelism()
         self._replicas = sizes.get("dp_replicate", 1)
         shards = sizes.get("dp_shard", launch.world // self._replicas)
@@ -74,7 +75,6 @@ class ShardedAccelerator(PlainAccelerator):
 
     def prepare(self, *objects, **options):
         """As accelerate's, for a model alone or with its optimizer, which has not stepped yet."""
-        self.refuse_optimizers(objects, is_elementwise)
         (model,) = (thing for thing in objects if isinstance(thing, torch.nn.Module))
         before = {parameter: name for name, parameter in model.named_parameters()}
         self._cut(model)
@@ -84,6 +84,7 @@ class ShardedAccelerator(PlainAccelerator):
             if thing is model:
                 prepared.append(self.prepare_model(model, device_placement=False, evaluation_mode=True))
             else:
+                check_optimizer("fsdp", thing)
                 for group in thing.param_groups:
                     group["params"] = [after[before[parameter]] for parameter in group["params"]]
                 prepared.append(self.prepare_optimizer(thing, device_placement=False))

@@ -79,6 +79,22 @@ def set_batch(accelerator, per_device, accumulation, max_grad_norm):
     accelerator.follow_command_line(per_device, accumulation, max_grad_norm)
 
 
+def compiles(accelerator, asked):
+    """Whether the model is to be compiled as a whole, before prepare().
+
+    Args:
+        asked: --torch_compile; None means on a GPU, where the strategy allows it.
+    Raises:
+        UserError: asked for, and not possible.
+    """
+    if asked and not accelerator.compiles:
+        raise UserError(
+            f"--torch_compile: {accelerator.describe_strategy()} works between the layers of a model, which would be "
+            "compiled as a whole: drop the flag"
+        )
+    return accelerator.compiles and accelerator.device.type == "cuda" if asked is None else asked
+
+
 def describe(accelerator):
     """What is in force, for the line printed at start and for all_results.json.
 

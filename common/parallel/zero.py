@@ -22,8 +22,8 @@ from deepspeed.utils import (
 )
 
 from common.errors import UserError
-from common.optimizers import is_elementwise
 from common.parallel.extensions import build_extension
+from common.parallel.launch import check_optimizer
 from common.parallel.plain import PlainAccelerator
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -43,7 +43,6 @@ class ZeroAccelerator(PlainAccelerator):
         UserError: an extension that cannot be built.
     """
 
-    cuts_tensors = True
     compiles = False
 
     def __init__(self, launch, **settings):
@@ -104,8 +103,15 @@ class ZeroAccelerator(PlainAccelerator):
             config[key] = value
 
     def prepare(self, *objects, **options):
-        """As accelerate's; refuses an optimizer that needs whole tensors."""
-        self.refuse_optimizers(objects, is_elementwise)
+        """As accelerate's; a model without an optimizer is only to be judged, and stays whole."""
+        optimizers = [thing for thing in objects if isinstance(thing, torch.optim.Optimizer)]
+        for optimizer in optimizers:
+            check_optimizer("deepspeed", optimizer)
+        if not optimizers:
+            (model,) = objects
+            if self._precision == "bf16":
+                model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+            return model.to(self.device)
         return super().prepare(*objects, **options)
 
 

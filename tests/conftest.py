@@ -5,6 +5,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import strategy_table
 
 from harness import REPOSITORY, Harness
 
@@ -50,6 +51,22 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def shows(record_property):
+    """A function of a YAML's name, a script and a number of processes: what a test shows to work, for the README."""
+
+    def record(strategy, script, processes):
+        for name, value in (("strategy", strategy), ("script", script), ("processes", processes)):
+            record_property(name, value)
+
+    return record
+
+
+def pytest_addoption(parser):
+    """--write-strategies, for a session of all tests."""
+    parser.addoption("--write-strategies", action="store_true", help="write the README's table of strategies")
+
+
 def pytest_collection_modifyitems(items):
     """Skip the tests marked gpu where there is no CUDA device; torch is imported only if there are such tests."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -62,8 +79,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Say how many tests did not run for want of the real data."""
+def pytest_terminal_summary(terminalreporter, config):
+    """Say how many tests did not run for want of the real data; write the table of strategies where asked."""
+    if config.getoption("--write-strategies"):
+        outcomes = ("passed", "failed")
+        strategy_table.write([report for name in outcomes for report in terminalreporter.stats.get(name, [])])
     skipped = sum(DATA_ABSENT in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} tests were skipped: {DATA_ABSENT} ({DATA_FOLDER}; FRUGAL_TEST_DATA)")

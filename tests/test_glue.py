@@ -114,7 +114,8 @@ def test_results_predictions_and_checkpoint(whole, rte):
         ),
     ],
 )
-def test_two_processes_score_as_one(harness, whole, checkpoint, rte, tmp_path, name):
+def test_two_processes_score_as_one(harness, whole, checkpoint, rte, tmp_path, shows, name):
+    shows(name, SCRIPT, 2)
     out, config = tmp_path / "two", f"accelerate_configs/{name}.yaml"
     words = command(checkpoint, rte, out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
     for rank in harness.launch(*words, config=fp32_copy(config, tmp_path)):

@@ -7,6 +7,8 @@ import signal
 from typing import NamedTuple
 
 import pytest
+import strategy_table
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from causal import OVERRIDES, causal_run
@@ -36,6 +38,7 @@ CASES = {
     "hsdp": Case("HSDP, 2 copies cut in 2", 4, 1 / 2, 1 / 2),
 }
 WITHOUT_GROUPS = {"cpu", "single_gpu"}  # one process; see test_parity.py
+SCRIPTS = {"bert": "run_pretraining.py", "opt": "run_clm.py"}
 MODELS = {"bert": AutoModelForMaskedLM, "opt": AutoModelForCausalLM}
 GRID = [
     pytest.param(name, model, marks=() if (model == "bert") or name in ("zero2", "fsdp") else pytest.mark.exhaustive)
@@ -86,7 +89,8 @@ def test_every_yaml_has_its_row():
 
 
 @pytest.mark.parametrize("name, model", GRID)
-def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path, name, model):
+def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path, shows, name, model):
+    shows(name, SCRIPTS[model], CASES[name].ranks)
     case, one, out = CASES[name], single(model), tmp_path / "run"
     printed = launch(harness, name, tmp_path, command(model, tiny_corpus, cache, out, case.ranks))
     mine, theirs = results(out), results(one)
@@ -116,7 +120,8 @@ def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path
     "name",
     [pytest.param(n, marks=() if n in ("zero2", "fsdp") else pytest.mark.exhaustive) for n in CASES if n != "ddp"],
 )
-def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path, name):
+def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path, shows, name):
+    shows(name, SCRIPTS["bert"], CASES[name].ranks)
     whole, killed, ranks = tmp_path / "whole", tmp_path / "killed", CASES[name].ranks
     flags = ["--checkpointing_steps", 3]
     words = [command("bert", tiny_corpus, cache, out, ranks, *flags, dropout=0.1) for out in (whole, killed)]
@@ -139,7 +144,8 @@ CHANGES = [("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "hsdp"), ("hsdp", "dd
     "first, second",
     [pytest.param(*pair, marks=() if pair == CHANGES[0] else pytest.mark.exhaustive) for pair in CHANGES],
 )
-def test_a_run_continues_under_another_yaml(harness, single, tiny_corpus, cache, tmp_path, first, second):
+def test_a_run_continues_under_another_yaml(harness, single, tiny_corpus, cache, tmp_path, shows, first, second):
+    shows(second, SCRIPTS["bert"], CASES[second].ranks)
     out, one = tmp_path / "run", single("bert")
     config = fp32_copy(f"accelerate_configs/{first}.yaml", tmp_path)
     words = command("bert", tiny_corpus, cache, out, CASES[first].ranks)
@@ -170,3 +176,62 @@ def test_a_yaml_that_contradicts_the_command_line_is_refused(harness, tiny_corpu
     ranks = harness.launch(*words, config=config, num_processes=None)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert line.split(":")[0] in ranks[0].stderr and "remove it from the YAML" in ranks[0].stderr
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", pytest.param("fsdp_offload", marks=pytest.mark.exhaustive)])
+def test_one_process_may_offload(harness, single, tiny_corpus, cache, tmp_path, shows, name):
+    shows(name, SCRIPTS["bert"], 1)
+    out, one = tmp_path / "run", single("bert")
+    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
+    (rank,) = harness.launch(*command("bert", tiny_corpus, cache, out, 1), config=config, num_processes=1)
+    assert "1 process(es)" in rank.check().stdout
+    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "fsdp" else pytest.mark.exhaustive) for n in CASES])
+def test_gradient_checkpointing_changes_nothing(harness, tiny_corpus, cache, tmp_path, shows, name):
+    """Dropout is on: what is computed again must draw the same."""
+    shows(name, SCRIPTS["bert"], CASES[name].ranks)
+    plain, again, ranks = tmp_path / "plain", tmp_path / "again", CASES[name].ranks
+    for out, flags in ((plain, ()), (again, ("--gradient_checkpointing",))):
+        launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, ranks, *flags, dropout=0.1))
+    assert losses(again) == pytest.approx(losses(plain), abs=1e-5)
+
+
+BF16_TOLERANCE = 2e-3  # of a loss near 5.4: gradients are summed in another order, and some in bf16 (DeepSpeed)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("zero2", "fsdp") else pytest.mark.exhaustive) for n in CASES]
+)
+def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, tiny_corpus, cache, tmp_path, shows, name):
+    """With the YAML as it is shipped."""
+    shows(name, SCRIPTS["bert"], CASES[name].ranks)
+    one, out = tmp_path / "one", tmp_path / "run"
+    words = [command("bert", tiny_corpus, cache, folder, n) for folder, n in ((one, 1), (out, CASES[name].ranks))]
+    single, several = ([word for word in line if word != "--fp32"] for line in words)
+    harness.run(*single, "--bf16").check()
+    config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
+    for rank in harness.launch(*several, config=config, num_processes=None):
+        rank.check()
+    assert results(one)["precision"] == results(out)["precision"] == "bf16"
+    apart = max(abs(losses(out)[step] - losses(one)[step]) for step in losses(one))
+    print(f"{name} in bf16: losses differ by at most {apart:.1e}")
+    assert apart < BF16_TOLERANCE
+    assert results(out)["eval_loss"] == pytest.approx(results(one)["eval_loss"], abs=BF16_TOLERANCE)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(out).values())
+
+
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("hsdp", marks=pytest.mark.exhaustive)])
+def test_lamb_sees_whole_matrices_under_fsdp(harness, tiny_corpus, cache, tmp_path, shows, name):
+    shows(name, SCRIPTS["bert"], CASES[name].ranks)
+    one, out = tmp_path / "one", tmp_path / "run"
+    flags = ["--optimizer_type", "lamb", "--learning_rate", 1e-2]
+    harness.run(*command("bert", tiny_corpus, cache, one, 1, *flags)).check()
+    launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, CASES[name].ranks, *flags))
+    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_the_readme_shows_what_the_tests_have_shown():
+    text = (REPOSITORY / "README.md").read_text()
+    assert strategy_table.render() in text, "run: bash scripts/run_tests.sh all --write-strategies"

@@ -138,7 +138,7 @@ def main():
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
-    meter = Meter(flops, CAUSAL_FORMULA, batches, accelerator.device, in_force["precision"], ranks)
+    meter = Meter(flops, CAUSAL_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])
     grad_norm = None
     for batch, number, tokens in run.steps(batches, eval_batches, tokenizer, meter, "training", compiling, cap):
         with accelerator.accumulate(model):
@@ -207,7 +207,8 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
 
 def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
-    parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    parallel.check_slices(config, launch.sizes.slices)
     workload = expected_workload(config, data_args, args)
     if args.replay_clock:
         read_readings(args.replay_clock)
@@ -229,7 +230,7 @@ def plan(config, model_args, data_args, args):
 
 def expected_workload(config, data_args, args):
     """As make_workload, before an accelerator says what is in force."""
-    ranks = parallel.launched_processes()
+    ranks = parallel.launched_data_ranks()
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
     precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
     device = "cuda" if torch.cuda.is_available() else "cpu"

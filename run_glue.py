@@ -229,10 +229,11 @@ def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here."""
     launch = parallel.check_launch(args.precision, "none")
     if args.train_batch_size:
-        cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
+        cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     _, _, model, _ = load(model_args, data_args, args)
+    parallel.check_slices(model.config, launch.sizes.slices)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 

@@ -128,7 +128,7 @@ def main():
         return masked_flops(config, tokens, targets, data_args.max_seq_length, layer_passes)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
-    meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], ranks)
+    meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])
     grad_norm = None
     for batch, number, tokens in run.steps(batches, eval_batches, corpus.tokenizer, meter, "pretraining", compiling):
         with accelerator.accumulate(model):
@@ -160,13 +160,14 @@ def main():
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
-    cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_processes())
+    cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     corpus, *_ = prepare_rows(data_args, print)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    parallel.check_slices(model.config, launch.sizes.slices)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 

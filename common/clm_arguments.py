@@ -8,7 +8,7 @@ from common.arguments import TextArguments, TrainingArguments, check_text, check
 from common.errors import UserError
 from common.flags import at_least, flag_names, one_of, parse
 from common.models.presets import OPT_SIZES
-from common.parallel import launched_processes
+from common.parallel import launched_data_ranks
 
 FINE_TUNING_RATE = 5e-5  # Hugging Face's
 SCRATCH_RATE = 6e-4  # OPT-125m's (Zhang et al. 2022, arXiv:2205.01068, table 1)
@@ -105,7 +105,7 @@ def parse_clm_arguments(argv=None):
     at_least(args, "mem_cap", 0)
     if args.train_batch_size is None:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.train_batch_size = rows * launched_processes()
+        args.train_batch_size = rows * launched_data_ranks()
     elif args.gradient_accumulation_steps > 1:
         raise UserError(
             "--gradient_accumulation_steps contradicts --train_batch_size, from which it follows: drop one"

@@ -90,10 +90,11 @@ check_then_launch() {
 check() {
     local script=$repo/$1
     shift
-    local deepspeed=false fsdp=false
+    local deepspeed=false fsdp=false slices
     [[ $distributed_type != DEEPSPEED ]] || deepspeed=true
     [[ $distributed_type != FSDP ]] || fsdp=true
-    ACCELERATE_USE_DEEPSPEED=$deepspeed ACCELERATE_USE_FSDP=$fsdp \
+    slices=$(yaml_value parallelism_config_tp_size)
+    ACCELERATE_USE_DEEPSPEED=$deepspeed ACCELERATE_USE_FSDP=$fsdp PARALLELISM_CONFIG_TP_SIZE=${slices:-1} \
         WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
         interruptible "$python" "$script" "$@" --check_arguments || exit
 }

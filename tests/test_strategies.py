@@ -18,12 +18,19 @@ from pretraining import assert_same_run, fp32_copy, losses, results, small_run, 
 
 
 class Case(NamedTuple):
-    """strategy: what the run must say it is; ranks; parameters and optimizer: the share of them on each rank."""
+    """strategy: what the run must say it is; ranks; parameters and optimizer: the share of them on each rank; slices:
+    of each layer, where only layers are cut into that many, before the shares."""
 
     strategy: str
     ranks: int
     parameters: float = 1.0
     optimizer: float = 1.0
+    slices: int = 1
+
+    @property
+    def readers(self):
+        """Ranks that read different rows."""
+        return self.ranks // self.slices
 
 
 CASES = {
@@ -36,25 +43,45 @@ CASES = {
     "fsdp": Case("FSDP2, cut in 2", 2, 1 / 2, 1 / 2),
     "fsdp_offload": Case("FSDP2, cut in 2, parameters and optimizer on the CPU", 2, 1 / 2, 1 / 2),
     "hsdp": Case("HSDP, 2 copies cut in 2", 4, 1 / 2, 1 / 2),
+    "tensor_parallel": Case("tensor parallel, layers in 2 slices", 2, slices=2),
+    "tensor_parallel_fsdp": Case("tensor parallel, layers in 2 slices, FSDP2, cut in 2", 4, 1 / 2, 1 / 2, slices=2),
 }
 WITHOUT_GROUPS = {"cpu", "single_gpu"}  # one process; see test_parity.py
-SCRIPTS = {"bert": "run_pretraining.py", "opt": "run_clm.py"}
-MODELS = {"bert": AutoModelForMaskedLM, "opt": AutoModelForCausalLM}
+MODELS = {
+    "bert": AutoModelForMaskedLM,
+    "opt": AutoModelForCausalLM,
+    "pre-norm": AutoModelForMaskedLM,
+    "llama": AutoModelForCausalLM,
+}
+SCRIPTS = {name: "run_clm.py" if name in ("opt", "llama") else "run_pretraining.py" for name in MODELS}
+FIRST = ("zero2", "fsdp", "tensor_parallel")  # whose other rows are not left to the exhaustive suite either
 GRID = [
-    pytest.param(name, model, marks=() if (model == "bert") or name in ("zero2", "fsdp") else pytest.mark.exhaustive)
-    for name in CASES
+    pytest.param(
+        name, model, marks=() if model == "bert" or (model == "opt" and name in FIRST) else pytest.mark.exhaustive
+    )
+    for name, case in CASES.items()
     for model in MODELS
+    if model in ("bert", "opt") or case.slices > 1
 ]
+# Numbers that slicing cuts: in each of 2 layers, matrices of attention [32, 32] and of the feed-forward [64, 32] and,
+# where there are any, the biases of what is cut by its outputs.
+SLICED = dict.fromkeys(MODELS, 2 * (4 * 32 * 32 + 3 * 32 + 2 * 64 * 32 + 64))
+SLICED["llama"] = 2 * (4 * 32 * 32 + 3 * 64 * 32)
+LLAMA = "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4,intermediate_size=64"
 
 
-def command(model, corpus, cache, out, ranks, *flags, dropout=0.0):
-    """20 steps of 16 rows in 2 micro-batches on each of `ranks` processes."""
-    flags = ["--per_device_train_batch_size", 8 // ranks, "--learning_rate", 3e-3, "--optimizer_type", "adamw", *flags]
-    flags += ["--max_grad_norm", 0.2]
-    if model == "bert":
-        flags += ["--hidden_dropout_prob", dropout]
+def command(model, corpus, cache, out, readers, *flags, dropout=0.0):
+    """20 steps of 16 rows in 2 micro-batches on each of `readers` processes, or of the slices of one."""
+    flags = ["--per_device_train_batch_size", 8 // readers, "--learning_rate", 3e-3, *flags]
+    flags = ["--optimizer_type", "adamw", "--max_grad_norm", 0.2, *flags]
+    if model in ("bert", "pre-norm"):
+        flags += ["--hidden_dropout_prob", dropout, "--attention_probs_dropout_prob", dropout]
+        flags += ["--encoder_ln_mode", "pre-ln"] if model == "pre-norm" else []
         return small_run(corpus, cache, out, *flags, steps=20, batch=16)
-    overrides = f"{OVERRIDES},dropout={dropout}"
+    overrides = f"{OVERRIDES},dropout={dropout},attention_dropout={dropout}"
+    if model == "llama":
+        flags += ["--model_type", "llama"]
+        overrides = f"{LLAMA},max_position_embeddings=128,attention_dropout={dropout}"
     return causal_run(corpus, cache, out, *flags, steps=20, batch=16, overrides=overrides)
 
 
@@ -92,7 +119,7 @@ def test_every_yaml_has_its_row():
 def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path, shows, name, model):
     shows(name, SCRIPTS[model], CASES[name].ranks)
     case, one, out = CASES[name], single(model), tmp_path / "run"
-    printed = launch(harness, name, tmp_path, command(model, tiny_corpus, cache, out, case.ranks))
+    printed = launch(harness, name, tmp_path, command(model, tiny_corpus, cache, out, case.readers))
     mine, theirs = results(out), results(one)
     assert f"strategy: {case.strategy}, {case.ranks} process(es), fp32" in printed
     assert mine["strategy"] == case.strategy and mine["world_size"] == case.ranks
@@ -103,12 +130,11 @@ def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path
     norms = [[row["grad_norm"] for row in training_rows(folder)] for folder in (out, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
-    assert mine["parameter_bytes_per_rank"] == pytest.approx(
-        case.parameters * theirs["parameter_bytes_per_rank"], rel=0.02
-    )
-    assert mine["optimizer_bytes_per_rank"] == pytest.approx(
-        case.optimizer * theirs["optimizer_bytes_per_rank"], rel=0.02
-    )
+    elsewhere = SLICED[model] * 4 * (1 - 1 / case.slices)  # bytes of other slices, which AdamW has two moments of
+    parameters = case.parameters * (theirs["parameter_bytes_per_rank"] - elsewhere)
+    optimizer = case.optimizer * (theirs["optimizer_bytes_per_rank"] - 2 * elsewhere)
+    assert mine["parameter_bytes_per_rank"] == pytest.approx(parameters, rel=0.02)
+    assert mine["optimizer_bytes_per_rank"] == pytest.approx(optimizer, rel=0.02)
     saved, expected = weights(out), weights(one)
     assert saved.keys() == expected.keys()
     assert max(float((saved[key] - expected[key]).abs().max()) for key in saved) < 1e-5
@@ -118,42 +144,44 @@ def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in ("zero2", "fsdp") else pytest.mark.exhaustive) for n in CASES if n != "ddp"],
+    [pytest.param(n, marks=() if n in FIRST else pytest.mark.exhaustive) for n in CASES if n != "ddp"],
 )
 def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path, shows, name):
     shows(name, SCRIPTS["bert"], CASES[name].ranks)
-    whole, killed, ranks = tmp_path / "whole", tmp_path / "killed", CASES[name].ranks
+    whole, killed, case = tmp_path / "whole", tmp_path / "killed", CASES[name]
     flags = ["--checkpointing_steps", 3]
-    words = [command("bert", tiny_corpus, cache, out, ranks, *flags, dropout=0.1) for out in (whole, killed)]
+    words = [command("bert", tiny_corpus, cache, out, case.readers, *flags, dropout=0.1) for out in (whole, killed)]
     launch(harness, name, tmp_path, words[0])
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
     processes = harness.start_ranks(*words[1], config=config, num_processes=None)
     wait_for_step(processes[0], killed, 7)
     for process in processes:
         process.signal(signal.SIGKILL)
-    assert [process.wait().returncode for process in processes] == [-9] * ranks
+    assert [process.wait().returncode for process in processes] == [-9] * case.ranks
     assert latest_checkpoint(killed).name in ("step_6", "step_9", "step_12", "step_15", "step_18")
     launch(harness, name, tmp_path, [*words[1], "--resume_from_checkpoint", "latest"])
     assert_same_run(whole, killed)
 
 
 CHANGES = [("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "hsdp"), ("hsdp", "ddp"), ("zero1", "zero2_offload")]
+CHANGES += [("tensor_parallel", "zero2"), ("zero2", "tensor_parallel")]
+CHANGES += [("fsdp", "tensor_parallel_fsdp"), ("tensor_parallel_fsdp", "tensor_parallel")]
 
 
 @pytest.mark.parametrize(
     "first, second",
-    [pytest.param(*pair, marks=() if pair == CHANGES[0] else pytest.mark.exhaustive) for pair in CHANGES],
+    [pytest.param(*pair, marks=() if {*pair} <= {*FIRST} else pytest.mark.exhaustive) for pair in CHANGES],
 )
 def test_a_run_continues_under_another_yaml(harness, single, tiny_corpus, cache, tmp_path, shows, first, second):
     shows(second, SCRIPTS["bert"], CASES[second].ranks)
     out, one = tmp_path / "run", single("bert")
     config = fp32_copy(f"accelerate_configs/{first}.yaml", tmp_path)
-    words = command("bert", tiny_corpus, cache, out, CASES[first].ranks)
+    words = command("bert", tiny_corpus, cache, out, CASES[first].readers)
     processes = harness.start_ranks(*words, config=config, num_processes=None)
     wait_for_step(processes[0], out, 5)
     processes[0].signal(signal.SIGTERM)
     assert {process.wait().returncode for process in processes} == {143}
-    words = command("bert", tiny_corpus, cache, out, CASES[second].ranks, "--resume_from_checkpoint", "latest")
+    words = command("bert", tiny_corpus, cache, out, CASES[second].readers, "--resume_from_checkpoint", "latest")
     launch(harness, second, tmp_path, words)
     assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
@@ -192,9 +220,9 @@ def test_one_process_may_offload(harness, single, tiny_corpus, cache, tmp_path, 
 def test_gradient_checkpointing_changes_nothing(harness, tiny_corpus, cache, tmp_path, shows, name):
     """Dropout is on: what is computed again must draw the same."""
     shows(name, SCRIPTS["bert"], CASES[name].ranks)
-    plain, again, ranks = tmp_path / "plain", tmp_path / "again", CASES[name].ranks
+    plain, again, readers = tmp_path / "plain", tmp_path / "again", CASES[name].readers
     for out, flags in ((plain, ()), (again, ("--gradient_checkpointing",))):
-        launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, ranks, *flags, dropout=0.1))
+        launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, readers, *flags, dropout=0.1))
     assert losses(again) == pytest.approx(losses(plain), abs=1e-5)
 
 
@@ -208,7 +236,7 @@ def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, tiny_corpus, cache, 
     """With the YAML as it is shipped."""
     shows(name, SCRIPTS["bert"], CASES[name].ranks)
     one, out = tmp_path / "one", tmp_path / "run"
-    words = [command("bert", tiny_corpus, cache, folder, n) for folder, n in ((one, 1), (out, CASES[name].ranks))]
+    words = [command("bert", tiny_corpus, cache, folder, n) for folder, n in ((one, 1), (out, CASES[name].readers))]
     single, several = ([word for word in line if word != "--fp32"] for line in words)
     harness.run(*single, "--bf16").check()
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
@@ -228,7 +256,7 @@ def test_lamb_sees_whole_matrices_under_fsdp(harness, tiny_corpus, cache, tmp_pa
     one, out = tmp_path / "one", tmp_path / "run"
     flags = ["--optimizer_type", "lamb", "--learning_rate", 1e-2]
     harness.run(*command("bert", tiny_corpus, cache, one, 1, *flags)).check()
-    launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, CASES[name].ranks, *flags))
+    launch(harness, name, tmp_path, command("bert", tiny_corpus, cache, out, CASES[name].readers, *flags))
     assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
 

@@ -45,6 +45,8 @@ def attend(attention, path, hidden, mask, wanted):
 
 
 def _project(layers, hidden):
+    if hasattr(layers[0].weight, "device_mesh"):  # slices, of which a layer itself knows how to multiply by them
+        return [layer(hidden) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     return F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)

@@ -1,6 +1,6 @@
 """Turns the YAML in force into a working accelerator; the only folder that knows how processes talk to each other."""
 
-from common.parallel.launch import check_launch, check_optimizer, launched_engine, launched_processes
+from common.parallel.launch import check_launch, check_optimizer, launched_data_ranks, launched_engine
 from common.parallel.processes import (
     agree_max,
     data_rank,
@@ -11,17 +11,19 @@ from common.parallel.processes import (
     shut_down,
     start_tracker,
 )
+from common.parallel.slicing import check_slices
 from common.parallel.strategies import compiles, describe, make_accelerator, set_batch
 
 __all__ = [
     "agree_max",
     "check_launch",
     "check_optimizer",
+    "check_slices",
     "compiles",
     "data_rank",
     "describe",
+    "launched_data_ranks",
     "launched_engine",
-    "launched_processes",
     "main_first",
     "make_accelerator",
     "on_main",

@@ -24,7 +24,8 @@ def sharding_configs(folder):
 
 def _strategy(config):
     kind = config.get("distributed_type")
-    if kind == "FSDP":
+    sliced = config.get("parallelism_config", {}).get("parallelism_config_tp_size", 1) > 1  # has no estimate
+    if kind == "FSDP" and not sliced:
         return {"strategy": "fsdp", "offload": bool(config.get("fsdp_config", {}).get("fsdp_offload_params"))}
     options = config.get("deepspeed_config", {})
     if kind == "DEEPSPEED" and options.get("zero_stage"):

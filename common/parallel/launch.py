@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,23 +12,37 @@ from common.errors import UserError
 from common.hardware import has_bf16
 from common.optimizers import is_elementwise
 
-# What the first word of a YAML's `role` may be; accelerate's own strategies leave torchrun's "default".
-ROLES = ("default", "cpu")
+# What the first word of a YAML's `role` may be, with the options that follow it as name=number; accelerate's own
+# strategies leave torchrun's "default".
+ROLES = {"default": (), "cpu": (), "tensor_parallel": ("size",)}
 # accelerate's flags for the engines that it starts itself, by the `distributed_type` that sets them.
 ENGINES = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
+PARALLELISM = "PARALLELISM_CONFIG_"
+
+
+class Sizes(NamedTuple):
+    """How the processes are arranged: copies of the model, parts of a copy, slices of each layer in a part.
+
+    Processes that hold slices of the same layers read the same rows.
+    """
+
+    copies: int
+    shards: int
+    slices: int
 
 
 @dataclass(frozen=True)
 class Launch:
     """What is asked for.
 
-    engine: "deepspeed", "fsdp", or "plain" for one process or data parallelism. role: first word of the YAML's `role`.
-    world: processes. cpu: whether to compute there. precision: "bf16", "fp16" or "no".
+    engine: as launched_engine. role: first word of the YAML's `role`. world: processes. sizes: their arrangement.
+    cpu: whether to compute there. precision: "bf16", "fp16" or "no".
     """
 
     engine: str
     role: str
     world: int
+    sizes: Sizes
     cpu: bool
     precision: str
 
@@ -45,18 +60,54 @@ def check_launch(precision, tracker, compiled=False):
     """
     if tracker != "none" and not importlib.util.find_spec(tracker):
         raise UserError(f"--report_to {tracker}: its package is missing; pip install {tracker}, or drop the flag")
-    words = os.environ.get("ROLE_NAME", "").split() or ["default"]
-    if words[0] not in ROLES or len(words) > 1:
-        raise UserError(f"the YAML's role '{' '.join(words)}' is unknown: known roles are {', '.join(ROLES)}")
-    cpu = words[0] == "cpu" or _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    role, _ = _role()
+    cpu = role == "cpu" or _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if compiled and cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("--torch_compile needs a C++ compiler on a CPU: install g++, or drop the flag")
-    return Launch(launched_engine(), words[0], launched_processes(), cpu, _resolve_precision(precision, cpu))
+    precision = _resolve_precision(precision, cpu)
+    return Launch(launched_engine(), role, launched_processes(), launched_sizes(), cpu, precision)
 
 
 def launched_engine():
-    """What the launcher asks to cut the model's tensors: "deepspeed", "fsdp", or "plain" for nothing."""
-    return next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain")
+    """What the launcher asks to cut the model's tensors: "deepspeed", "fsdp", "tensor_parallel"; "plain": nothing."""
+    engine = next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain")
+    if _role()[0] != "tensor_parallel":
+        return engine
+    if engine != "plain":
+        raise UserError(
+            "the YAML's role tensor_parallel is for distributed_type: MULTI_GPU; together with FSDP it is "
+            "parallelism_config_tp_size, see accelerate_configs/tensor_parallel_fsdp.yaml"
+        )
+    return "tensor_parallel"
+
+
+def launched_sizes():
+    """How the launcher asks to arrange the processes: Sizes.
+
+    Raises:
+        UserError: their number does not go up in the sizes.
+    """
+    world, engine = launched_processes(), launched_engine()
+    if engine == "tensor_parallel":
+        slices = _role()[1]["size"]
+        sizes = Sizes(world // slices, 1, slices)
+    elif engine == "fsdp":
+        given = _parallelism()
+        copies, slices = given.get("dp_replicate", 1), given.get("tp", 1)
+        sizes = Sizes(copies, given.get("dp_shard", world // (copies * slices)), slices)
+    else:
+        sizes = Sizes(world, 1, 1)
+    if sizes.copies * sizes.shards * sizes.slices != world:
+        raise UserError(
+            f"the YAML's {' x '.join(f'{size} {name}' for name, size in sizes._asdict().items())} of the model are "
+            f"not its number of processes, {world}: change num_processes or a size"
+        )
+    return sizes
+
+
+def launched_data_ranks():
+    """How many of the processes that the launcher says there are read different rows."""
+    return launched_processes() // launched_sizes().slices
 
 
 def check_optimizer(engine, optimizer):
@@ -84,6 +135,30 @@ def launched_processes():
     if not world.isdigit() or int(world) < 1:
         raise UserError(f"WORLD_SIZE is '{world}' in the environment: unset it, or start with accelerate launch")
     return int(world)
+
+
+def _role():
+    """(first word of the YAML's role, dict of its options)."""
+    text = os.environ.get("ROLE_NAME") or "default"
+    name, *options = text.split()
+    if name not in ROLES:
+        raise UserError(f"the YAML's role '{text}' is unknown: known roles are {', '.join(ROLES)}")
+    pairs = [option.partition("=")[::2] for option in options]
+    if tuple(key for key, _ in pairs) != ROLES[name] or not all(value.isdigit() and int(value) for _, value in pairs):
+        wanted = " ".join([name, *(f"{option}=N" for option in ROLES[name])])
+        raise UserError(f"the YAML's role '{text}' is not understood: it is written '{wanted}', N from 1 on")
+    return name, {key: int(value) for key, value in pairs}
+
+
+def _parallelism():
+    """The sizes that the YAML's parallelism_config gives, by name, where they are more than one."""
+    found = {}
+    for name, value in os.environ.items():
+        if name.startswith(PARALLELISM) and name.endswith("_SIZE") and value.isdigit() and int(value) > 1:
+            found[name.removeprefix(PARALLELISM).removesuffix("_SIZE").lower()] = int(value)
+    if unknown := sorted(found.keys() - {"dp_replicate", "dp_shard", "tp"}):
+        raise UserError(f"the YAML's parallelism_config {unknown[0]}_size is not supported: set it to 1")
+    return found
 
 
 def _resolve_precision(asked, cpu):

@@ -31,6 +31,11 @@ class PlainAccelerator(Accelerator):
         optimizer._step_supports_amp_scaling = False  # a fused optimizer skips in silence
         return super().prepare_optimizer(optimizer, device_placement)
 
+    @property
+    def data_rank(self):
+        """(rank, ranks) among the processes that read different rows."""
+        return self.process_index, self.num_processes
+
     def describe_strategy(self):
         """What is in force, for people."""
         return "single process" if self.num_processes == 1 else "data parallel (DDP)"

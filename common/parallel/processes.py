@@ -10,7 +10,7 @@ from common.errors import UserError, limit_reached
 
 def data_rank(accelerator):
     """(rank, ranks) among the processes that read different rows."""
-    return accelerator.process_index, accelerator.num_processes
+    return accelerator.data_rank
 
 
 def start_tracker(accelerator, folder, project, run_name, settings):
@@ -114,5 +114,10 @@ def seed_dropout(seed, step, micro_batch):
     Args:
         seed, step, micro_batch: int; micro_batch counts over the whole global batch, whoever computes it.
     """
-    digest = hashlib.blake2b(f"{seed} {step} {micro_batch}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    torch.manual_seed(derive_seed(seed, step, micro_batch))
+
+
+def derive_seed(*numbers):
+    """An int of 63 bits that depends on all of the numbers, and on their order."""
+    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,7 +1,8 @@
-"""FSDP2 and HSDP: torch's fully_shard on the layers and on what is left, under accelerate's loop.
+"""FSDP2, HSDP and tensor parallelism, alone and together, under accelerate's loop.
 
-Not accelerate's own FSDP: on a CPU that falls back to plain data parallelism in silence; it cuts the input embedding
-and the tied output apart; and it casts the outputs to bf16. Here a YAML means the same on CPUs and GPUs.
+torch's fully_shard on the layers and on what is left; where layers are sliced, that comes first. Not accelerate's own
+FSDP: on a CPU that falls back to plain data parallelism in silence; it cuts the input embedding and the tied output
+apart; and it casts the outputs to bf16. Here a YAML means the same on CPUs and GPUs.
 Sources: Zhao et al. 2023 (arXiv:2304.11277); torch.distributed.fsdp.fully_shard.
 """
 
@@ -10,13 +11,14 @@ import os
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from common.errors import UserError
-from common.parallel.launch import check_optimizer
+from common.parallel.launch import PARALLELISM, check_optimizer
 from common.parallel.plain import PlainAccelerator
+from common.parallel.slicing import slice_layers
+from common.parallel.tensors import groups_of_one_mesh
 
-PARALLELISM = "PARALLELISM_CONFIG_"
 # What a YAML may say beside what is read below: by variable, the values that change nothing here.
 IGNORED_VALUES = {
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "give --gradient_checkpointing, which works under every YAML"),
@@ -26,7 +28,7 @@ IGNORED_VALUES = {
 
 
 class ShardedAccelerator(PlainAccelerator):
-    """Parameters, gradients and optimizer state cut over the processes, or over groups of them that repeat each other.
+    """Parameters, gradients and optimizer state cut over the processes, as launch.Sizes arranges them.
 
     bf16 is autocast's over fp32 weights, as under every other strategy.
 
@@ -39,39 +41,33 @@ class ShardedAccelerator(PlainAccelerator):
     compiles = False
 
     def __init__(self, launch, **settings):
-        self._offload = os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
-        self._reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
-        if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("the YAML's fsdp_version must be 2: FSDP1 is not supported")
-        for name, (value, remedy) in IGNORED_VALUES.items():
-            if os.environ.get(name, value) != value:
-                key = name.lower()
-                raise UserError(f"the YAML's {key} {os.environ[name]} is not supported: {remedy}; set it to {value}")
+        self._engine, self._sizes = launch.engine, launch.sizes
+        self._offload, self._reshard = _fsdp_options() if launch.engine == "fsdp" else (False, True)
         if launch.precision == "fp16":
-            raise UserError("fp16 is not supported under FSDP: take bf16, or a ZeRO YAML")
-        sizes = _parallelism()
-        self._replicas = sizes.get("dp_replicate", 1)
-        shards = sizes.get("dp_shard", launch.world // self._replicas)
-        if self._replicas * shards != launch.world:
-            raise UserError(
-                f"the YAML's dp_replicate_size {self._replicas} x dp_shard_size {shards} is not the number of "
-                f"processes, {launch.world}: change num_processes or one of them"
-            )
+            raise UserError("fp16 is not supported under FSDP and tensor parallelism: take bf16, or a ZeRO YAML")
         for name in [name for name in os.environ if name.startswith(PARALLELISM)] + [
             "ACCELERATE_USE_FSDP",
             "ACCELERATE_USE_PARALLELISM_CONFIG",
         ]:
             os.environ.pop(name, None)  # what accelerate and transformers would act upon
         super().__init__(launch, **settings)
-        sizes = (self._replicas, shards) if self._replicas > 1 else (shards,)
-        names = ("replicate", "shard")[-len(sizes) :]
-        self._mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        self._mesh = init_device_mesh(self.device.type, self._sizes, mesh_dim_names=self._sizes._fields)
+
+    @property
+    def data_rank(self):
+        """As PlainAccelerator's: slices of the same layers lie next to each other."""
+        slices = self._sizes.slices
+        return self.process_index // slices, self.num_processes // slices
 
     def describe_strategy(self):
-        """Cut and copies, for people."""
-        shards = self.num_processes // self._replicas
-        name = f"HSDP, {self._replicas} copies cut in {shards}" if self._replicas > 1 else f"FSDP2, cut in {shards}"
-        return name + (", parameters and optimizer on the CPU" if self._offload else "")
+        """Slices, cut and copies, for people."""
+        copies, shards, slices = self._sizes
+        parts = [f"tensor parallel, layers in {slices} slices"] if slices > 1 else []
+        if self._engine == "fsdp":
+            parts.append(f"HSDP, {copies} copies cut in {shards}" if copies > 1 else f"FSDP2, cut in {shards}")
+        elif copies > 1:
+            parts.append(f"{copies} copies")
+        return ", ".join(parts) + (", parameters and optimizer on the CPU" if self._offload else "")
 
     def prepare(self, *objects, **options):
         """As accelerate's, for a model alone or with its optimizer, which has not stepped yet."""
@@ -84,21 +80,33 @@ class ShardedAccelerator(PlainAccelerator):
             if thing is model:
                 prepared.append(self.prepare_model(model, device_placement=False, evaluation_mode=True))
             else:
-                check_optimizer("fsdp", thing)
+                check_optimizer(self._engine, thing)
                 for group in thing.param_groups:
                     group["params"] = [after[before[parameter]] for parameter in group["params"]]
+                thing.param_groups[:] = groups_of_one_mesh(thing.param_groups)
                 prepared.append(self.prepare_optimizer(thing, device_placement=False))
         return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
     def _cut(self, model):
+        copies, shards, slices = self._sizes
+        layers = transformer_layers(model)
+        if slices > 1:
+            slice_layers(model, layers, self._mesh["slices"])
+            if copies * shards == 1:
+                model.to(self.device)
+                return
+        mesh = self._mesh["copies", "shards"] if copies > 1 else self._mesh["shards"]
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self._offload else OffloadPolicy()
-        for layer in transformer_layers(model):
-            fully_shard(layer, mesh=self._mesh, reshard_after_forward=self._reshard, offload_policy=policy)
-        fully_shard(model, mesh=self._mesh, offload_policy=policy)  # embeddings, norms and the tied head together
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self._reshard, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)  # embeddings, norms and the tied head together
 
     @contextlib.contextmanager
     def no_sync(self, model):
         """Gradients stay where they are until the last micro-batch of a step."""
+        if not isinstance(model, FSDPModule):  # layers in slices and nothing else: all compute the same
+            yield
+            return
         model.set_requires_gradient_sync(False)
         try:
             yield
@@ -114,12 +122,13 @@ def transformer_layers(model):
     return max(lists, key=len)
 
 
-def _parallelism():
-    """The sizes that the YAML's parallelism_config gives, by name, where they are more than one."""
-    found = {}
-    for name, value in os.environ.items():
-        if name.startswith(PARALLELISM) and name.endswith("_SIZE") and value.isdigit() and int(value) > 1:
-            found[name.removeprefix(PARALLELISM).removesuffix("_SIZE").lower()] = int(value)
-    if unknown := sorted(found.keys() - {"dp_replicate", "dp_shard"}):
-        raise UserError(f"the YAML's parallelism_config {unknown[0]}_size is not supported: set it to 1")
-    return found
+def _fsdp_options():
+    """(whether to offload, whether to cut a layer again after its forward pass), as the YAML's fsdp_config says."""
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("the YAML's fsdp_version must be 2: FSDP1 is not supported")
+    for name, (value, remedy) in IGNORED_VALUES.items():
+        if os.environ.get(name, value) != value:
+            key = name.lower()
+            raise UserError(f"the YAML's {key} {os.environ[name]} is not supported: {remedy}; set it to {value}")
+    offload = os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+    return offload, os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"

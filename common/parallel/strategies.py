@@ -60,7 +60,7 @@ def _accelerator_class(engine):
         from common.parallel.zero import ZeroAccelerator  # imports DeepSpeed, which takes seconds
 
         return ZeroAccelerator
-    if engine == "fsdp":
+    if engine in ("fsdp", "tensor_parallel"):
         from common.parallel.sharded import ShardedAccelerator
 
         return ShardedAccelerator

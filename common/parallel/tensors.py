@@ -18,6 +18,29 @@ def cut_like(value, parameter):
     return value
 
 
+def groups_of_one_mesh(groups):
+    """Split an optimizer's groups of parameters: one kernel cannot update tensors that are cut over different meshes.
+
+    Args:
+        groups: list of dicts, as param_groups.
+    Returns:
+        the like, in the same order.
+    """
+    found = []
+    for group in groups:
+        parts = {}
+        for parameter in group["params"]:
+            parts.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        found += [{**group, "params": part} for part in parts.values()]
+    return found
+
+
+def saved_settings(saved, name):
+    """The settings that a saved optimizer state gives to a parameter: another strategy may have split the groups."""
+    group = next(group for group in saved["param_groups"] if name in group["params"])
+    return {key: value for key, value in group.items() if key != "params"}
+
+
 def rest(model):
     """Let go of what fully_shard has made whole for a forward pass."""
     for module in model.modules():
@@ -63,7 +86,8 @@ def set_whole_optimizer_state(optimizer, saved, names):
         numbers[name]: {key: cut_like(value, parameters[numbers[name]]) for key, value in values.items()}
         for name, values in saved["state"].items()
     }
-    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
+    own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    groups = [saved_settings(saved, part[0]) | {"params": [numbers[name] for name in part]} for part in own]
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 

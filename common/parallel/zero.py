@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.parallel.extensions import build_extension
 from common.parallel.launch import check_optimizer
 from common.parallel.plain import PlainAccelerator
+from common.parallel.tensors import saved_settings
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
@@ -197,8 +198,8 @@ def set_whole_optimizer_state(optimizer, saved, names):
                     safe_set_local_optimizer_state(parameter, _part(parameter, value), key)
                 else:
                     safe_set_full_optimizer_state(parameter, value.to(flat.device), key)
-    for group, theirs in zip(optimizer.optimizer.param_groups, saved["param_groups"], strict=True):
-        group.update({key: value for key, value in theirs.items() if key != "params"})
+    for group, parameters in zip(optimizer.optimizer.param_groups, _grouped(optimizer), strict=True):
+        group.update(saved_settings(saved, names[parameters[0]]))
 
 
 def held_weights(model):

@@ -5,10 +5,13 @@ hidden: what leaves the last layer
 """
 
 import json
+import sys
+from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import parallel
 from common.models.layers import make_fast, use_attention
 

@@ -66,8 +66,10 @@ GRID = [
 # Numbers that slicing cuts: in each of 2 layers, matrices of attention [32, 32] and of the feed-forward [64, 32] and,
 # where there are any, the biases of what is cut by its outputs.
 SLICED = dict.fromkeys(MODELS, 2 * (4 * 32 * 32 + 3 * 32 + 2 * 64 * 32 + 64))
-SLICED["llama"] = 2 * (4 * 32 * 32 + 3 * 64 * 32)
-LLAMA = "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4,intermediate_size=64"
+SLICED["llama"] = 2 * (3 * 32 * 32 + 3 * 64 * 32)  # two heads of keys and values for four of queries
+LLAMA = (
+    "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2,head_dim=8,intermediate_size=64"
+)
 
 
 def command(model, corpus, cache, out, readers, *flags, dropout=0.0):

@@ -10,6 +10,7 @@ from pretraining import assert_same_run, fp32_copy, losses, results, small_run, 
 
 CONFIG = "accelerate_configs/tensor_parallel.yaml"
 BATCH = ["--per_device_train_batch_size", 4, "--learning_rate", 3e-3, "--max_grad_norm", 0.2]
+BATCH += ["--optimizer_type", "adamw"]
 
 
 def launch(harness, tmp_path, words, processes=None, config=CONFIG):
@@ -58,6 +59,17 @@ def test_groups_of_slices_share_the_rows(harness, tiny_corpus, cache, tmp_path):
     norms = [[row["grad_norm"] for row in training_rows(out)] for out in (four, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[1]) > 0.2
     assert results(four)["eval_loss"] == pytest.approx(results(one)["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["tensor_parallel", "tensor_parallel_fsdp"])
+def test_lamb_takes_the_norms_of_whole_matrices(harness, tiny_corpus, cache, tmp_path, name):
+    one, many = tmp_path / "one", tmp_path / "many"
+    flags = [*BATCH, "--optimizer_type", "lamb"]
+    harness.run(*small_run(tiny_corpus, cache, one, *flags, steps=10)).check()
+    words = small_run(tiny_corpus, cache, many, *flags, steps=10)
+    launch(harness, tmp_path, words, config=f"accelerate_configs/{name}.yaml")
+    assert losses(many) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize(

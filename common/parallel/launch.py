@@ -120,9 +120,10 @@ def check_optimizer(engine, optimizer):
     """
     if engine == "plain" or is_elementwise(optimizer):
         return
-    if engine == "fsdp" and getattr(optimizer, "sees_whole_dtensors", False):
+    sees_whole = getattr(optimizer, "sees_whole_dtensors", False)
+    if sees_whole and engine in ("fsdp", "tensor_parallel"):
         return
-    other = "" if engine == "fsdp" else ", accelerate_configs/fsdp.yaml" * hasattr(optimizer, "sees_whole_dtensors")
+    other = ", accelerate_configs/fsdp.yaml" if sees_whole else ""
     raise UserError(
         f"{type(optimizer).__name__} looks at whole tensors and would be given parts of them: give --optimizer_type "
         f"adamw, or choose accelerate_configs/ddp.yaml{other}"

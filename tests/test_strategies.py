@@ -252,8 +252,11 @@ def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, tiny_corpus, cache, 
     assert all(tensor.dtype == torch.float32 for tensor in weights(out).values())
 
 
-@pytest.mark.parametrize("name", ["fsdp", pytest.param("hsdp", marks=pytest.mark.exhaustive)])
-def test_lamb_sees_whole_matrices_under_fsdp(harness, tiny_corpus, cache, tmp_path, shows, name):
+CUT_BY_TORCH = ["hsdp", "tensor_parallel", "tensor_parallel_fsdp"]
+
+
+@pytest.mark.parametrize("name", ["fsdp", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in CUT_BY_TORCH)])
+def test_lamb_sees_whole_matrices(harness, tiny_corpus, cache, tmp_path, shows, name):
     shows(name, SCRIPTS["bert"], CASES[name].ranks)
     one, out = tmp_path / "one", tmp_path / "run"
     flags = ["--optimizer_type", "lamb", "--learning_rate", 1e-2]

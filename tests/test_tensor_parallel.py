@@ -6,17 +6,25 @@ import pytest
 
 from causal import causal_run
 from harness import TESTS
-from pretraining import assert_same_run, fp32_copy, losses, results, small_run, training_rows
+from pretraining import fp32_copy, losses, results, small_run, training_rows
 
 CONFIG = "accelerate_configs/tensor_parallel.yaml"
 BATCH = ["--per_device_train_batch_size", 4, "--learning_rate", 3e-3, "--max_grad_norm", 0.2]
 BATCH += ["--optimizer_type", "adamw"]
 
 
-def launch(harness, tmp_path, words, processes=None, config=CONFIG):
+def launch(harness, tmp_path, words, processes=None):
     """Run the ranks of a YAML to their end, which must be a good one. Returns: what each has printed."""
-    ranks = harness.launch(*words, config=fp32_copy(config, tmp_path), num_processes=processes)
+    ranks = harness.launch(*words, config=fp32_copy(CONFIG, tmp_path), num_processes=processes)
     return [rank.check().stdout for rank in ranks]
+
+
+def refused(harness, tmp_path, words, says):
+    """Assert that all ranks end with one line of error, that of the first."""
+    ranks = harness.launch(*words, config=fp32_copy(CONFIG, tmp_path), num_processes=None)
+    assert {rank.returncode for rank in ranks} == {2}
+    assert says in ranks[0].stderr and ranks[0].stderr.count("error: ") == 1
+    assert not any("Traceback" in rank.stderr for rank in ranks)
 
 
 def test_heads_of_different_ranks_drop_different_weights(harness, tmp_path):
@@ -25,7 +33,7 @@ def test_heads_of_different_ranks_drop_different_weights(harness, tmp_path):
     ]
     masks = [tuple(layer) for rank in ranks for layer in rank["kept"]]
     assert len(masks) == len(set(masks)) == 4, "two heads or two layers drop the same"
-    assert all(set(mask) > {1.0} for mask in masks), "nothing was dropped"
+    assert all(len(set(mask)) > 1 for mask in masks), "nothing was dropped"
     assert ranks[0]["hidden"] == ranks[1]["hidden"]
 
 
@@ -36,15 +44,6 @@ def test_what_no_slice_cuts_drops_what_one_process_drops(harness, tiny_corpus, c
     harness.run(*one).check()
     launch(harness, tmp_path, two)
     assert losses(outs[1]) == pytest.approx(losses(outs[0]), abs=1e-5)
-
-
-@pytest.mark.exhaustive
-def test_layers_computed_again_drop_the_same(harness, tiny_corpus, cache, tmp_path):
-    outs = [tmp_path / "kept", tmp_path / "again"]
-    flags = [*BATCH, "--hidden_dropout_prob", 0.1, "--attention_probs_dropout_prob", 0.1]
-    for out, more in zip(outs, ([], ["--gradient_checkpointing"]), strict=True):
-        launch(harness, tmp_path, small_run(tiny_corpus, cache, out, *flags, *more, steps=6))
-    assert_same_run(*outs)
 
 
 @pytest.mark.exhaustive
@@ -59,17 +58,6 @@ def test_groups_of_slices_share_the_rows(harness, tiny_corpus, cache, tmp_path):
     norms = [[row["grad_norm"] for row in training_rows(out)] for out in (four, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[1]) > 0.2
     assert results(four)["eval_loss"] == pytest.approx(results(one)["eval_loss"], abs=1e-5)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["tensor_parallel", "tensor_parallel_fsdp"])
-def test_lamb_takes_the_norms_of_whole_matrices(harness, tiny_corpus, cache, tmp_path, name):
-    one, many = tmp_path / "one", tmp_path / "many"
-    flags = [*BATCH, "--optimizer_type", "lamb"]
-    harness.run(*small_run(tiny_corpus, cache, one, *flags, steps=10)).check()
-    words = small_run(tiny_corpus, cache, many, *flags, steps=10)
-    launch(harness, tmp_path, words, config=f"accelerate_configs/{name}.yaml")
-    assert losses(many) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -88,13 +76,6 @@ def test_a_family_without_a_plan_is_refused(harness, tiny_corpus, cache, tmp_pat
     shape = "n_embd=32,n_layer=2,n_head=2,n_positions=128"
     words = causal_run(tiny_corpus, cache, tmp_path / "out", "--model_type", "gpt2", steps=1, overrides=shape)
     refused(harness, tmp_path, words, "a gpt2 has no plan for tensor parallelism; known are bert, megatron-bert, opt")
-
-
-def refused(harness, tmp_path, words, says, processes=None, config=CONFIG):
-    ranks = harness.launch(*words, config=fp32_copy(config, tmp_path), num_processes=processes)
-    assert {rank.returncode for rank in ranks} == {2}
-    assert says in ranks[0].stderr and ranks[0].stderr.count("error: ") == 1
-    assert not any("Traceback" in rank.stderr for rank in ranks)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,18 @@ def test_gradient_checkpointing_changes_nothing(harness, tiny_corpus, cache, tmp
     assert losses(again) == pytest.approx(losses(plain), abs=1e-5)
 
 
+def test_a_lock_that_a_killed_build_has_left_is_named(harness, tiny_corpus, cache, tmp_path):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    config = fp32_copy("accelerate_configs/zero2.yaml", tmp_path)
+    words = command("bert", tiny_corpus, cache, tmp_path / "run", 2)
+    env = {"TORCH_EXTENSIONS_DIR": tmp_path / "extensions"}
+    ranks = harness.launch(*words, config=config, num_processes=None, env=env)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert f"error: {lock}: a build that was killed has left this lock: remove it" in ranks[0].stderr
+
+
 BF16_TOLERANCE = 2e-3  # of a loss near 5.4: gradients are summed in another order, and some in bf16 (DeepSpeed)
 
 

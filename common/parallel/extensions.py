@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
@@ -33,6 +34,8 @@ def build_extension(name):
             if not shutil.which(os.environ.get("CXX", "g++")):
                 raise UserError(f"DeepSpeed's {name} has to be compiled and there is no C++ compiler: install g++")
             print(f"building DeepSpeed's {name} in {folder}, once; it takes minutes", flush=True)
+        if not shutil.which("ninja"):  # it was installed with Python's packages, which nobody need have activated
+            os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
         try:
             get_accelerator().create_op_builder(BUILDERS[name]).load()
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:

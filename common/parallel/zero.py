@@ -51,6 +51,12 @@ class ZeroAccelerator(PlainAccelerator):
         self._precision = launch.precision
         plugin = DeepSpeedPlugin()
         config = plugin.deepspeed_config
+        if not plugin.zero_stage:
+            raise UserError(
+                "the YAML's zero_stage 0 cuts nothing: give 1, 2 or 3, or choose accelerate_configs/ddp.yaml"
+            )
+        if unknown := {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", "cpu"}:
+            raise UserError(f"the YAML offloads to {unknown.pop()}, which is not supported: give cpu or none")
         if plugin.zero3_init_flag:
             raise UserError("the YAML's zero3_init_flag is not supported: set it to false, models are built whole")
         if config.get("gradient_accumulation_steps") == 1:  # what accelerate puts where the YAML says nothing

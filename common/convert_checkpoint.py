@@ -25,11 +25,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.js
 def main():
     if not 3 <= len(sys.argv) <= 4:
         raise UserError(f"{len(sys.argv) - 1} arguments instead of 2 or 3; {USAGE}")
-    source, output, shard_size = (
-        find_checkpoint(Path(sys.argv[1])),
-        Path(sys.argv[2]),
-        (sys.argv[3:] or [SHARD_SIZE])[0],
-    )
+    source, output, *shard_size = sys.argv[1:]
+    source, output = find_checkpoint(Path(source)), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already: name a new folder, or an empty one")
     files = convert(source, output, *shard_size)

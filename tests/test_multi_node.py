@@ -183,7 +183,7 @@ def test_a_slurm_job_on_two_machines_equals_one_process(harness, machines, singl
     executable(tools / "scontrol", f"#!/bin/bash\nprintf '%s\\n' {' '.join(ADDRESSES)}\n")
     job = {"SLURM_SUBMIT_DIR": REPOSITORY, "SLURM_JOB_NODELIST": "both", "SLURM_JOB_ID": 7, "SLURM_JOB_NUM_NODES": 2}
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    words = ["scripts/run_slurm.sbatch", 1, config, *command("bert", tiny_corpus, cache, out, 2)]
+    words = [REPOSITORY / "scripts/run_slurm.sbatch", 1, config, *command("bert", tiny_corpus, cache, out, 2)]
     ended = harness.command("bash", *words, env=ENVIRONMENT | job | {"PATH": path}, cwd=tmp_path.parent).check()
     assert f"machine 1 of 2: talks to {ADDRESSES[0]} over {INTERFACE}" in ended.stdout
     assert_equal(out, single)

@@ -55,6 +55,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model_args, data_args, args = parse_clm_arguments()
+    run_folder.follow_restart(args)
     run_folder.check_run_folder(args)
     config = causal_config(model_args, data_args)
     data_args.block_size = row_length(config, data_args.block_size)

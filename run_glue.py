@@ -46,6 +46,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model_args, data_args, args, notes = parse_glue_arguments()
+    run_folder.follow_restart(args)
     run_folder.check_run_folder(args)
     if args.check_arguments:
         return check(model_args, data_args, args)

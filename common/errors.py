@@ -8,6 +8,10 @@ import sys
 BAD_INPUT = 2  # exit code: something the user gave cannot be used
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
+# torch's errors for a process that another one waits for in vain, and gloo's words, which come as RuntimeError
+CONNECTION_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+CONNECTION_WORDS = ("gloo/transport", "connection closed by peer", "connection reset by peer")
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DEVICE_FULL = (
     "the device is full; halve --per_device_train_batch_size (the global batch stays) or --per_device_eval_batch_size,"
@@ -44,6 +48,10 @@ def run_main(main):
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except (OSError, RuntimeError, MemoryError) as error:
+        if is_connection_lost(error):
+            from common.parallel.watch import end_after_loss  # not above: what is there raises the errors above
+
+            end_after_loss(error)
         fault = limit_reached(error)
         if fault is None:
             raise
@@ -78,3 +86,9 @@ def is_out_of_memory(error):
     # the last is oneDNN's, when there is no memory for the code it generates
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "could not create a primitive")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def is_connection_lost(error):
+    """Whether an exception says that another process of the run has ended or cannot be reached."""
+    words = any(word in str(error).lower() for word in CONNECTION_WORDS)
+    return type(error).__name__ in CONNECTION_ERRORS or (isinstance(error, RuntimeError) and words)

@@ -7,7 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
-from common.checkpoint import put_later_checkpoints_aside, refuse_other_settings, resolve_checkpoint
+from common import parallel
+from common.checkpoint import (
+    complete_checkpoints,
+    put_later_checkpoints_aside,
+    refuse_other_settings,
+    resolve_checkpoint,
+)
 from common.errors import UserError
 from common.resume import SAID_ON_RESUME
 
@@ -29,6 +35,32 @@ def make_run_folder():
         except FileExistsError:
             continue
     raise UserError(f"{base} and its numbered sisters are all taken: name an --output_dir")
+
+
+def follow_restart(args):
+    """Let a run that torchrun has started again (--max_restarts) continue from its own last checkpoint.
+
+    Its own is what was written since the launcher was started: a folder that the first start has refused is not.
+
+    Args:
+        args: common.arguments.TrainingArguments or the like; changed in place.
+    Raises:
+        UserError: restarts are asked for, and no folder in which they would find the run.
+    """
+    restart, most = parallel.restarts()
+    if most and not args.output_dir:
+        raise UserError("--max_restarts needs the script's --output_dir: where would a restart find the checkpoints?")
+    if not restart:
+        return
+    folder = Path(args.output_dir)
+    written = folder / ARGUMENTS
+    if not written.exists() or written.stat().st_mtime < parallel.launcher_started():
+        return
+    args.overwrite_output_dir = False
+    if complete_checkpoints(folder) or not args.resume_from_checkpoint:
+        args.resume_from_checkpoint = "latest"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"restart {restart} of {most}: --resume_from_checkpoint {args.resume_from_checkpoint}", flush=True)
 
 
 def check_run_folder(args):

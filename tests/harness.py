@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
+from typing import NamedTuple
 
 import pytest
 
@@ -47,6 +48,17 @@ class Result:
                 f"{self.name}: exit code {self.returncode}, not {returncode}\n{tail(self.stdout, self.stderr)}"
             )
         return self
+
+
+class Machine(NamedTuple):
+    """A network namespace that stands for a machine; its address, and the network interface that has it."""
+
+    namespace: str | None
+    address: str
+    interface: str
+
+
+HERE = Machine(None, "127.0.0.1", "lo")
 
 
 class Running:
@@ -183,8 +195,9 @@ class Harness:
         num_processes=2,
         env=None,
         cwd=REPOSITORY,
+        machines=(HERE,),
     ):
-        """As launch(), without waiting; num_processes=None takes the YAML's number.
+        """As launch(), without waiting; num_processes=None takes the YAML's number, and is that of all machines.
 
         The environment comes from accelerate's and torchrun's own code. One thing differs: rank 0 serves the
         rendezvous, not torchrun's agent, of which there is none.
@@ -193,16 +206,18 @@ class Harness:
             list of Running, by rank.
         """
         options = ["--config_file", config] + (["--num_processes", num_processes] if num_processes else [])
-        planned = self.run(TESTS / "harness_launch.py", *options, script, *args, env=env, cwd=cwd).check()
-        plan = json.loads(planned.stdout.splitlines()[-1])
-        if plan["torchrun"] is None:
-            return [self._fork(plan["argv"], plan["env"], cwd)]
-        port = free_port()
-        ranks = range(plan["torchrun"]["local_world_size"])
-        return [
-            self._fork(plan["argv"], plan["env"] | torchrun_environment(rank, port, **plan["torchrun"]), cwd)
-            for rank in ranks
-        ]
+        port, ranks = free_port(), []
+        for node, machine in enumerate(machines):
+            place = ["--main_process_ip", machines[0].address, "--main_process_port", port, "--machine_rank", node]
+            words = [*options, *(place if len(machines) > 1 else []), script, *args]
+            planned = self.run(TESTS / "harness_launch.py", *words, env=env, cwd=cwd).check()
+            plan = json.loads(planned.stdout.splitlines()[-1])
+            if plan["torchrun"] is None:
+                return [self._fork(plan["argv"], plan["env"], cwd)]
+            for local_rank in range(plan["torchrun"]["local_world_size"]):
+                given = torchrun_environment(local_rank, port, node, machines, **plan["torchrun"])
+                ranks.append(self._fork(plan["argv"], plan["env"] | given, cwd, machine.namespace))
+        return ranks
 
     def command(self, *argv, env=None, cwd=REPOSITORY, timeout=300):
         """Run a real command to its end, for example ("bash", "scripts/x.sh"). Returns: Result."""
@@ -241,11 +256,11 @@ class Harness:
         count = ["--num_processes", num_processes] if num_processes else []
         return self.start_command(*launcher, *count, script, *args, **options)
 
-    def _fork(self, argv, env, cwd):
+    def _fork(self, argv, env, cwd, namespace=None):
         argv = [str(word) for word in argv]
         stdout_path, stderr_path = self._output_files()
         files = {"stdout": str(stdout_path), "stderr": str(stderr_path)}
-        pid = self._ask({"argv": argv, "env": env, "cwd": str(cwd), **files})
+        pid = self._ask({"argv": argv, "env": env, "cwd": str(cwd), "namespace": namespace, **files})
         name = Path(argv[0]).name
         return self._remember(Running(name, pid, lambda: self._ask({"poll": pid}), stdout_path, stderr_path))
 
@@ -304,20 +319,22 @@ def environment(forked=False, **changes):
     return {name: str(value) for name, value in merged.items() if value is not None}
 
 
-def torchrun_environment(rank, port, role, run_id, local_world_size, max_restarts, signals_to_handle):
-    """The variables that torchrun gives a worker of a run on one machine."""
-    size = str(local_world_size)
+def torchrun_environment(
+    local_rank, port, node, machines, role, run_id, local_world_size, max_restarts, signals_to_handle
+):
+    """The variables that torchrun gives a worker; between machines, the network to use, too."""
+    size, rank = str(local_world_size * len(machines)), str(node * local_world_size + local_rank)
     return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "ROLE_RANK": str(rank),
-        "GROUP_RANK": "0",
+        "RANK": rank,
+        "LOCAL_RANK": str(local_rank),
+        "ROLE_RANK": rank,
+        "GROUP_RANK": str(node),
         "ROLE_NAME": role,
         "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": str(local_world_size),
         "ROLE_WORLD_SIZE": size,
-        "GROUP_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
+        "GROUP_WORLD_SIZE": str(len(machines)),
+        "MASTER_ADDR": machines[0].address,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": "0",
@@ -326,7 +343,7 @@ def torchrun_environment(rank, port, role, run_id, local_world_size, max_restart
         "TORCHELASTIC_USE_AGENT_STORE": "False",
         "TORCHELASTIC_ERROR_FILE": "",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    }
+    } | ({"GLOO_SOCKET_IFNAME": machines[node].interface} if len(machines) > 1 else {})
 
 
 def free_port():

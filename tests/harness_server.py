@@ -18,6 +18,7 @@ import sys
 import types
 
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of Linux
 
 exit_code = None  # of the script in this fork, once it has ended; None where Python is to end in its own way
 
@@ -55,7 +56,7 @@ def serve(requests, answers):
     """Answer requests until they end.
 
     Args:
-        requests: text file of {"argv", "env", "cwd", "stdout", "stderr"} (run it; the answer is its pid)
+        requests: text file of {"argv", "env", "cwd", "stdout", "stderr", "namespace"} (run it; the answer is its pid)
             and {"poll": pid} (the answer is its exit code, negative for a signal, or null while it runs).
         answers: text file for the answers.
     Returns:
@@ -80,14 +81,18 @@ def serve(requests, answers):
     return None
 
 
-def run_script(argv, env, cwd, stdout, stderr):
-    """Become `python script arguments...` with exactly this environment, folder and output files."""
+def run_script(argv, env, cwd, stdout, stderr, namespace):
+    """Become `python script arguments...` with exactly this environment, folder, output files and network."""
     import numpy
     import torch
 
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
+    if namespace:
+        with open(f"/run/netns/{namespace}") as network:
+            if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), NETWORK_NAMESPACE):
+                raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, stdout, os.O_WRONLY | os.O_APPEND),

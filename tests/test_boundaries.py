@@ -44,7 +44,7 @@ def project_files():
 
 FILES = project_files()
 SCRIPTS = [path for path in FILES if len(path.parts) == 1 and path.suffix == ".py"]
-SHELL = [path for path in FILES if path.suffix == ".sh" or path == Path(".ci/run")]
+SHELL = [path for path in FILES if path.suffix in (".sh", ".sbatch") or path == Path(".ci/run")]
 CODE = [path for path in FILES if path.suffix == ".py" and path.parts[0] != "tests"]
 
 

@@ -47,6 +47,7 @@ CASES = {
     "tensor_parallel_fsdp": Case("tensor parallel, layers in 2 slices, FSDP2, cut in 2", 4, 1 / 2, 1 / 2, slices=2),
 }
 WITHOUT_GROUPS = {"cpu", "single_gpu"}  # one process; see test_parity.py
+TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
 MODELS = {
     "bert": AutoModelForMaskedLM,
     "opt": AutoModelForCausalLM,
@@ -114,7 +115,8 @@ def launch(harness, name, tmp_path, words):
 
 
 def test_every_yaml_has_its_row():
-    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == CASES.keys() | WITHOUT_GROUPS
+    elsewhere = WITHOUT_GROUPS | TWO_MACHINES
+    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == CASES.keys() | elsewhere
 
 
 @pytest.mark.parametrize("name, model", GRID)

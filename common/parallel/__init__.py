@@ -1,6 +1,13 @@
 """Turns the YAML in force into a working accelerator; the only folder that knows how processes talk to each other."""
 
-from common.parallel.launch import check_launch, check_optimizer, launched_data_ranks, launched_engine
+from common.parallel.launch import (
+    check_launch,
+    check_optimizer,
+    launched_data_ranks,
+    launched_engine,
+    launcher_started,
+    restarts,
+)
 from common.parallel.processes import (
     agree_max,
     data_rank,
@@ -24,10 +31,12 @@ __all__ = [
     "describe",
     "launched_data_ranks",
     "launched_engine",
+    "launcher_started",
     "main_first",
     "make_accelerator",
     "on_main",
     "raise_together",
+    "restarts",
     "seed_dropout",
     "set_batch",
     "shut_down",

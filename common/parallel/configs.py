@@ -6,7 +6,7 @@ CPU = "cpu"
 
 
 def sharding_configs(folder):
-    """The YAMLs whose strategy cuts the model or its optimizer state, in the order of their names.
+    """The YAMLs of one machine whose strategy cuts the model or its optimizer state, in the order of their names.
 
     Args:
         folder: Path with accelerate configurations.
@@ -17,7 +17,7 @@ def sharding_configs(folder):
     for path in sorted(folder.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
         strategy = _strategy(config)
-        if strategy:
+        if strategy and config.get("num_machines", 1) == 1:
             found.append((path, {**strategy, "ranks": config.get("num_processes", 1)}))
     return found
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from common.errors import UserError
@@ -136,6 +137,16 @@ def launched_processes():
     if not world.isdigit() or int(world) < 1:
         raise UserError(f"WORLD_SIZE is '{world}' in the environment: unset it, or start with accelerate launch")
     return int(world)
+
+
+def restarts():
+    """(how often torchrun has started the processes again, how often it may)."""
+    return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+
+
+def launcher_started():
+    """When the launcher of this process was started, in seconds since 1970."""
+    return psutil.Process(os.getppid()).create_time()
 
 
 def _role():

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError, limit_reached
+from common.parallel.watch import stop_watch
 
 
 def data_rank(accelerator):
@@ -103,6 +104,7 @@ def main_first(accelerator, function):
 
 def shut_down(accelerator):
     """End the trackers and leave the process group, so that no process ends with a warning."""
+    stop_watch()
     accelerator.end_training()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.hardware import has_bf16
 from common.parallel.launch import check_launch
 from common.parallel.plain import PlainAccelerator
+from common.parallel.watch import start_watch
 
 
 def make_accelerator(precision=None, tracker="none"):
@@ -52,6 +53,8 @@ def make_accelerator(precision=None, tracker="none"):
             f"the launcher started {launch.world} processes but this one sees {accelerator.num_processes}: "
             "launch with accelerate_configs/cpu.yaml or accelerate_configs/ddp.yaml"
         )
+    if launch.world > 1:
+        start_watch(accelerator.process_index, launch.world)
     return accelerator
 
 

@@ -1,5 +1,6 @@
 """Turns the YAML in force into a working accelerator; the only folder that knows how processes talk to each other."""
 
+from common.parallel.configs import launched_sharding
 from common.parallel.launch import check_launch, check_optimizer, launched_engine, launched_processes
 from common.parallel.processes import (
     agree_max,
@@ -22,6 +23,7 @@ __all__ = [
     "describe",
     "launched_engine",
     "launched_processes",
+    "launched_sharding",
     "main_first",
     "make_accelerator",
     "on_main",

@@ -32,8 +32,8 @@ STRATEGIES = {
     "ddp": Strategy(),  # a single process too
     "zero1": Strategy(optimizer=True, zero=True, master_weights=True),
     "zero2": Strategy(optimizer=True, gradients=True, zero=True, master_weights=True),
-    "zero3": Strategy(optimizer=True, gradients=True, parameters=True, zero=True),
     "fsdp": Strategy(optimizer=True, gradients=True, parameters=True),
+    "zero3": Strategy(optimizer=True, gradients=True, parameters=True, zero=True),
 }
 # DeepSpeed's own defaults, in numbers: reduce_bucket_size; stage3_max_reuse_distance, from a layer's forward pass to
 # its backward pass and so twice what lies behind it; stage3_prefetch_bucket_size; sub_group_size.
@@ -181,8 +181,8 @@ def estimate(workload, libraries=0, footprint=None):
         "logits": loss,
     }
     if on_cpu:
-        # a tied embedding's own gradient, which is added to the head's, leaves a gap too
-        gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0)
+        # a tied embedding's own gradient, which is added to the head's, leaves a gap; so does a model before its cut
+        gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0) + whole * cut.optimizer
         return MemoryEstimate(**parts, libraries=libraries, allocator=gaps, apart=0)
     early = several or workload.ranks > 1 and not cut.optimizer or workload.strategy == "zero3"
     moments = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common.memory import GB, MemoryEstimate, Workload, estimate
+from common.memory import GB, STRATEGIES, MemoryEstimate, Workload, estimate
 from common.models.footprint import feed_forward_size
 from common.parallel.configs import single_machine_configs
 
@@ -36,21 +36,15 @@ def planned(workload, every=False, footprint=None):
     """
     model, rows = footprint or workload.footprint(), []
     for path, sharding in single_machine_configs(CONFIGS):
-        alone, ranks, replicas = sharding.pop("ranks") == 1, workload.ranks, sharding["replicas"]
-        makes_sense = (
-            sharding["offload"]
-            or alone == (ranks == 1)
-            and (replicas == 1 or ranks % replicas == 0 < ranks - replicas)
-        )
-        if not (makes_sense or every):
-            continue
-        under = replace(workload, **sharding, device="cuda")
-        rows.append(Planned(path, under, estimate(under, footprint=model)))
-    ease = ("zero3", "fsdp", "zero2", "zero1", "ddp")[::-1]
-    return sorted(
-        rows,
-        key=lambda row: (row.workload.offload, row.workload.offload_parameters, ease.index(row.workload.strategy)),
-    )
+        alone = sharding.pop("ranks") == 1
+        if every or sharding["offload"] or _suits(alone, sharding["replicas"], workload.ranks):
+            under = replace(workload, **sharding, device="cuda")
+            rows.append(Planned(path, under, estimate(under, footprint=model)))
+    return sorted(rows, key=lambda row: (row.workload.offload, list(STRATEGIES).index(row.workload.strategy)))
+
+
+def _suits(alone, replicas, ranks):
+    return alone == (ranks == 1) and ranks % replicas == 0 and (replicas == 1 or ranks > replicas)
 
 
 def format_plan(rows, name, card_gb=CARD_GB):

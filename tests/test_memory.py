@@ -277,7 +277,7 @@ def test_the_cap_in_force_on_a_gpu():
 
 def test_the_plan_of_175b_allocates_nothing():
     config, before = opt("175b"), peak_resident_bytes()
-    workload = Workload(config, 1, 2048, "bf16", ranks=512, gradient_checkpointing=True)
+    workload = Workload(config, 1, 2048, ranks=512, gradient_checkpointing=True)
     plan = format_plan(planned(workload), "opt-175b")
     assert peak_resident_bytes() - before < 3 * 10**8
     count = opt_parameters(96, 12288)
@@ -289,7 +289,7 @@ def test_the_plan_of_175b_allocates_nothing():
 
 
 def test_the_number_of_cards_is_the_smallest_that_fits():
-    workload = Workload(opt("13b"), 1, 2048, "bf16", strategy="fsdp", device="cuda", gradient_checkpointing=True)
+    workload = Workload(opt("13b"), 1, 2048, strategy="fsdp", device="cuda", gradient_checkpointing=True)
     model = workload.footprint()
     number = cards(workload, model)
     assert number > 1

@@ -31,7 +31,7 @@ SHAPE = "num_hidden_layers=12,hidden_size=512,word_embed_proj_dim=512,ffn_dim=20
 def training_flags(out):
     """Five steps to warm up and two more; nothing is saved."""
     flags = ["--synthetic_data", "--fp32", "--optimizer_type", "adamw", "--throughput_steps", 2, "--block_size", 128]
-    return [*flags, "--per_device_train_batch_size", 4, "--output_dir", out]
+    return [*flags, "--per_device_train_batch_size", 1, "--output_dir", out]
 
 
 def assert_predicted(out, name):
@@ -150,7 +150,7 @@ def plan(capsys, *words):
 
 def test_a_row_for_each_yaml_that_makes_sense(capsys):
     several = ["ddp", "zero1", "zero2", "fsdp", "zero3"]
-    offloaded = ["zero2_offload", "zero3_offload", "fsdp_offload"]
+    offloaded = ["zero2_offload", "fsdp_offload", "zero3_offload"]
     assert list(plan(capsys, "125m", 1, 80)[0]) == ["single_gpu", *offloaded]
     assert list(plan(capsys, "125m", 2, 80)[0]) == [*several, *offloaded]
     assert list(plan(capsys, "125m", 4, 80)[0]) == [*several[:4], "hsdp", "zero3", *offloaded]

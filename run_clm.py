@@ -38,7 +38,7 @@ from common.errors import run_main
 from common.final_report import report
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
-from common.memory_plan import format_plan
+from common.memory_plan import format_plan, planned
 from common.models.causal import build_causal_lm, causal_config, fit_vocabulary, row_length
 from common.optimizers import build_optimizer
 from common.report import CAUSAL, write_all_results
@@ -67,6 +67,7 @@ def main():
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
         return 0
     stop = StopSignals()
+    sharding = parallel.launched_sharding()
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
@@ -83,12 +84,14 @@ def main():
     fit_vocabulary(config, tokenizer, model_args)
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
     shape = (config, data_args, args, per_device, accumulation)
-    workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type)
+    workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type, sharding)
     footprint = parallel.on_main(accelerator, workload.footprint)
     expected = parallel.on_main(accelerator, lambda: estimate(workload, resident_bytes(), footprint))
     say(format_estimate(expected, args.mem_cap))
     if not footprint.traced:
         say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
+    if ranks < in_force["world_size"]:
+        say("note: the estimate counts layers that are in slices as if they were whole")
     refuse_above_cap(workload, expected, args.mem_cap)
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)
@@ -156,7 +159,7 @@ def main():
 
     # ---- Save, judge, report -----------------------------------------------------------------------
     if args.throughput_steps and run.reason != "signal":
-        return run.report_throughput(in_force)
+        return run.report_throughput(in_force | {"estimated_memory_bytes": expected.total})
     if (exit_code := run.stopped()) is not None:
         return exit_code
     results = run.results() | in_force | {"estimated_memory_bytes": expected.total}
@@ -190,7 +193,7 @@ def prepare_rows(config, data_args, say, first=True):
     return corpus.tokenizer, *rows, corpus
 
 
-def make_workload(config, data_args, args, rows, accumulation, precision, ranks, device):
+def make_workload(config, data_args, args, rows, accumulation, precision, ranks, device, sharding):
     """What common.memory needs to know of a process's work."""
     return Workload(
         config,
@@ -203,6 +206,7 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
         gradient_checkpointing=args.gradient_checkpointing,
         packed=data_args.packing == "documents",
         device=device,
+        **sharding,
     )
 
 
@@ -225,7 +229,7 @@ def check(config, model_args, data_args, args):
 
 def plan(config, model_args, data_args, args):
     """--dry_run: what the run would be, from the shapes alone."""
-    print(format_plan(expected_workload(config, data_args, args), name_of(model_args)))
+    print(format_plan(planned(expected_workload(config, data_args, args), every=True), name_of(model_args)))
     return 0
 
 
@@ -235,7 +239,8 @@ def expected_workload(config, data_args, args):
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
     precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return make_workload(config, data_args, args, per_device, accumulation, precision, ranks, device)
+    sharding = parallel.launched_sharding()
+    return make_workload(config, data_args, args, per_device, accumulation, precision, ranks, device, sharding)
 
 
 def name_of(model_args):

@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from common.memory import GB, estimate
 from common.models.presets import MODEL_SIZES, OPT_SIZES, model_shape, opt_shape
-from common.parallel.configs import sharding_configs
+from common.parallel.configs import single_machine_configs
 from common.utilisation import peak_resident_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
@@ -61,7 +61,9 @@ def _remedies(workload, configs):
         for rows in halves:
             yield replace(checkpointed, rows=rows), f"--per_device_train_batch_size {rows}{flag}"
     least, flags = replace(checkpointed, rows=1), f" --per_device_train_batch_size 1{flag}"
-    for path, strategy in sharding_configs(configs):
+    for path, strategy in single_machine_configs(configs):
+        if strategy["strategy"] == "ddp":
+            continue
         launch = f"accelerate launch --config_file {path}"
         yield replace(workload, **strategy), launch
         yield replace(least, **strategy), f"{launch} with{flags}"

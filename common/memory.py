@@ -15,24 +15,29 @@ HEAP_SHARE = 0.1  # of the activations: gaps between them in a CPU's heap; see b
 
 @dataclass(frozen=True)
 class Strategy:
-    """What is cut over the processes, and whether an engine keeps fp32 master weights beside those it computes with.
+    """What is cut over the processes; every number is fp32, in bf16 and fp16 too, which are autocast's.
 
+    zero: DeepSpeed does it. master_weights: the optimizer has a copy of its share of the weights.
     Source: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.
     """
 
     optimizer: bool = False
     gradients: bool = False
     parameters: bool = False
+    zero: bool = False
     master_weights: bool = False
 
 
 STRATEGIES = {
     "ddp": Strategy(),  # a single process too
-    "zero1": Strategy(optimizer=True, master_weights=True),
-    "zero2": Strategy(optimizer=True, gradients=True, master_weights=True),
-    "zero3": Strategy(optimizer=True, gradients=True, parameters=True, master_weights=True),
+    "zero1": Strategy(optimizer=True, zero=True, master_weights=True),
+    "zero2": Strategy(optimizer=True, gradients=True, zero=True, master_weights=True),
     "fsdp": Strategy(optimizer=True, gradients=True, parameters=True),
+    "zero3": Strategy(optimizer=True, gradients=True, parameters=True, zero=True),
 }
+# DeepSpeed's own defaults, in numbers: reduce_bucket_size; stage3_max_reuse_distance, from a layer's forward pass to
+# its backward pass and so twice what lies behind it; stage3_prefetch_bucket_size; sub_group_size.
+BUCKET, REUSE_DISTANCE, PREFETCHED, SUB_GROUP = 5 * 10**8, 10**9, 5 * 10**7, 10**9
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,10 @@ class Workload:
 
     config: transformers configuration. rows: in a micro-batch; seq_length: tokens in a row. precision: "fp32", "bf16"
     or "fp16". optimizer_type: as --optimizer_type; momentum: whether an SGD has one. strategy: a name in STRATEGIES;
-    ranks: processes; offload: optimizer state in the host's memory. accumulation: micro-batches in a step. head:
-    "causal", or "masked" with `targets` predicted positions in a row. packed: a mask keeps the documents of a row
-    apart. attention: path in transformers' interface. device: "cpu" or "cuda".
+    ranks: processes; replicas: groups of them that repeat each other (HSDP); offload: the optimizer in the host's
+    memory; offload_parameters: the parameters too. accumulation: micro-batches in a step. head: "causal", or "masked"
+    with `targets` predicted positions in a row. packed: a mask keeps the documents of a row apart. attention: path in
+    transformers' interface. device: "cpu" or "cuda".
     """
 
     config: PreTrainedConfig
@@ -54,7 +60,9 @@ class Workload:
     momentum: bool = False
     strategy: str = "ddp"
     ranks: int = 1
+    replicas: int = 1
     offload: bool = False
+    offload_parameters: bool = False
     accumulation: int = 1
     gradient_checkpointing: bool = False
     head: str = "causal"
@@ -73,14 +81,16 @@ class Workload:
 class MemoryEstimate:
     """Bytes that a process holds on its device at the peak of a step, by parts; each field is a line of the printout.
 
-    Every part is at its own largest; `apart` (zero or less) takes off what is not there at the same time; `allocator`
-    is what lies unused between blocks. `host` is not in the total.
+    Every part is at its own largest; `apart` (zero or less) takes off what is not there at the same time; `buffers`
+    are tensors made whole for their turn, and what is sent to other processes; `allocator` is what lies unused between
+    blocks. `host`, in the host's memory, is not in the total.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     update: int
+    buffers: int
     activations: int
     logits: int
     libraries: int
@@ -99,6 +109,7 @@ NAMES = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "update": "optimizer step",
+    "buffers": "gathered and sent",
     "activations": "activations",
     "logits": "logits and loss",
     "libraries": "libraries",
@@ -110,10 +121,11 @@ NAMES = {
 def estimate(workload, libraries=0, footprint=None):
     """The peak of a training step after the first, when the optimizer's state is there.
 
-    On a GPU it is the largest of three moments: the loss and the beginning of the backward pass, with all activations;
-    its end, with all gradients; the update. Gradients are made as activations go, unless they stay from an earlier
-    micro-batch or in the buckets of data parallelism. On a CPU the parts add up: the C library keeps what is freed
-    where it lies (common/memory_settings.py), and blocks of other sizes seldom fit there.
+    On a GPU it is the largest of four moments: the loss and the beginning of the backward pass, with all activations;
+    its end, with all gradients; the update; and the start, where DeepSpeed holds the whole model before it cuts it.
+    Gradients are made as activations go, unless they stay from an earlier micro-batch or in the buckets of data
+    parallelism. On a CPU the parts add up: the C library keeps what is freed where it lies
+    (common/memory_settings.py), and blocks of other sizes seldom fit there.
 
     Args:
         workload: Workload.
@@ -124,54 +136,89 @@ def estimate(workload, libraries=0, footprint=None):
         MemoryEstimate.
     """
     model = footprint or workload.footprint()
-    strategy, mixed = STRATEGIES[workload.strategy], workload.precision != "fp32"
-    size = 2 if mixed and strategy.master_weights else 4  # bytes of a parameter and of a gradient
+    cut, mixed, whole = STRATEGIES[workload.strategy], workload.precision != "fp32", 4 * model.parameters
+    on_cpu, several = workload.device == "cpu", workload.accumulation > 1
 
-    def share(numbers, cut):
-        return -(-numbers // workload.ranks) if cut else numbers
+    def share(size, is_cut=True):
+        return -(-size // max(1, workload.ranks // workload.replicas)) if is_cut else size
 
-    parameters = share(size * model.parameters, strategy.parameters)
-    if strategy.parameters:  # whole again: the layer at work, and the next on its way
-        parameters += 2 * (2 if mixed else 4) * model.largest_layer
-    copies = model.copies[0] + model.layers * model.copies[1]
-    if size == 2 or strategy.parameters:  # computed in as they are, or counted with the layer at work
-        copies = 0
-    gradients = share(size * model.parameters, strategy.gradients)
-    state = share(4 * (_moments(workload, model) + strategy.master_weights * model.parameters), strategy.optimizer)
-    host, optimizer = (state, 0) if workload.offload else (0, state)
-    update = 0 if workload.offload else share(_update_bytes(workload, model), strategy.optimizer)
+    # ---- What stays from step to step ---------------------------------------------------------------
+    parameters, gradients = share(whole, cut.parameters), share(whole, cut.optimizer)
+    if several and workload.strategy in ("zero1", "fsdp"):  # whole until the last micro-batch
+        gradients += whole
+    engine_copies = cut.master_weights + (2 - cut.master_weights) * (cut.zero and workload.offload)
+    optimizer = share(4 * _moments(workload, model) + engine_copies * whole, cut.optimizer)
+    update = share(_update_bytes(workload, model), cut.optimizer)
+    if cut.zero:  # the gradients again, end to end
+        update += share(4 * min(model.parameters, SUB_GROUP) if cut.parameters else whole)
+    host = 0
+    if workload.offload:
+        update = 0
+        if not on_cpu:  # where it is the same memory
+            host = optimizer + share(whole) + parameters * workload.offload_parameters
+            optimizer, gradients = 0, gradients - share(whole)
+            parameters *= not workload.offload_parameters
 
+    # ---- What comes and goes ------------------------------------------------------------------------
+    copies = model.copies[0] + model.layers * model.copies[1]  # of weights, until the backward pass; of cut ones too
     kept = model.kept[0] + model.layers * model.kept[1]
     backward = 2 * model.widest  # gradients of one tensor and of the next
     if workload.gradient_checkpointing:
         kept = model.kept[0] + model.layers * model.layer_input
         backward += model.kept[1]
-    kept, backward = workload.rows * kept, workload.rows * backward
+    kept, backward = workload.rows * kept + copies, workload.rows * backward
     of_output = 4 * model.output  # the gradient of the head's matrix
     loss, of_hidden = _loss_bytes(workload, model, mixed)
+    at_loss, at_end, at_update = _buffers(workload, model, mixed)
 
-    stay = gradients if workload.ranks > 1 or workload.accumulation > 1 else 0
-    moments = [
-        stay + kept + max(loss, of_output + of_hidden + backward),
-        gradients + (of_output if model.tied else 0),  # the embedding's, before it is added to the head's
-        gradients + update,
-    ]
     parts = {
-        "parameters": parameters + copies,
+        "parameters": parameters,
         "gradients": gradients,
         "optimizer": optimizer,
         "update": update,
+        "buffers": max(at_loss, at_end),
         "activations": kept + backward,
         "logits": loss,
     }
-    transient = sum(parts[name] for name in ("gradients", "update", "activations", "logits"))
-    if workload.device == "cpu":
+    if on_cpu:
         # a tied embedding's own gradient, which is added to the head's, leaves a gap too
         gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0)
-        ends = {"libraries": libraries, "allocator": gaps, "apart": 0}
-    else:
-        ends = {"libraries": 0, "allocator": 0, "apart": max(moments) - transient}
-    return MemoryEstimate(**parts, **ends, host=host)
+        if cut.optimizer:  # so do, as measured, a model that was whole before its cut, and what comes and goes in it;
+            gaps += whole + parts["buffers"] + share(whole) * (cut.zero and cut.parameters)  # stage 3 moves its part
+        return MemoryEstimate(**parts, libraries=libraries, allocator=gaps, apart=0)
+    early = several or workload.ranks > 1 and not cut.optimizer or workload.strategy == "zero3"
+    moments = [
+        gradients * early + kept + max(loss, of_output + of_hidden + backward) + at_loss,
+        gradients + (of_output if model.tied else 0) + at_end,  # the embedding's, before it is added to the head's
+        gradients + update + at_update,
+        (whole + share(whole)) * cut.zero - parameters - optimizer,  # DeepSpeed cuts the model on the device
+    ]
+    transient = sum(parts[name] for name in ("gradients", "update", "buffers", "activations", "logits"))
+    return MemoryEstimate(**parts, libraries=0, allocator=0, apart=max(moments) - transient, host=host)
+
+
+def _buffers(workload, model, mixed):
+    """What a strategy needs for a while: tensors made whole for their turn, and what it sends.
+
+    Returns:
+        bytes at the loss, at the end of the backward pass, at the update.
+    """
+    cut, layer, whole = STRATEGIES[workload.strategy], 4 * model.largest_layer, 4 * model.parameters
+    if workload.strategy == "fsdp":
+        # whole from the first layer to the end of the backward pass: all but the layers; its gradient, and that laid
+        # out to be sent. Of two layers: the weights; of one: where they were gathered, gradients, those to be sent.
+        rest = whole - model.layers * layer
+        return rest + 5 * layer, 3 * rest, 0
+    if not cut.zero:
+        return 0, 0, 0
+    sent = min(whole, 4 * BUCKET)
+    bucket = sent if workload.device == "cpu" else 4 * BUCKET  # a CPU gives memory when it is written to
+    if not cut.parameters:
+        bucket *= 1 + mixed  # one for what is sent in 16 bits, of 32 too
+        return bucket, bucket + sent, 0
+    bucket += bucket // 2 * mixed
+    gathered = 4 * min(model.parameters, REUSE_DISTANCE // 2 + PREFETCHED + model.largest_layer)
+    return bucket + gathered, bucket + sent, bucket
 
 
 def _moments(workload, model):

@@ -1,32 +1,68 @@
-"""A model on paper: its shapes, its size, and the memory that each strategy needs for it. Nothing is allocated."""
+"""A model on paper: its shapes, its size, and the memory that each YAML needs for it. Nothing is allocated."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
-from common.memory import GB, STRATEGIES, estimate
+from common.memory import GB, STRATEGIES, MemoryEstimate, Workload, estimate
 from common.models.footprint import feed_forward_size
+from common.parallel.configs import single_machine_configs
 
+CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 CARD_GB = 80
 MOST_CARDS = 2**16
-COLUMNS = ("parameters", "gradients", "optimizer", "update", "activations", "logits", "apart", "total", "host")
+COLUMNS = ("parameters", "gradients", "optimizer", "update", "buffers", "activations", "logits", "apart")
+COLUMNS += ("total", "host")
 
 
-def format_plan(workload, name):
+class Planned(NamedTuple):
+    """A YAML's Path, the Workload under it, and what a process holds."""
+
+    config: Path
+    workload: Workload
+    parts: MemoryEstimate
+
+
+def planned(workload, every=False, footprint=None):
+    """The workload on GPUs under each YAML, those first that cut and move the least.
+
+    Args:
+        workload: common.memory.Workload, whatever it says of strategy and device.
+        every: leave none out; without it those of one process come where there is one, those of several elsewhere,
+            HSDP where the processes can be grouped, and offloading everywhere.
+        footprint: what workload.footprint() gave before, to save the time.
+    Returns:
+        list of Planned.
+    """
+    model, rows = footprint or workload.footprint(), []
+    for path, sharding in single_machine_configs(CONFIGS):
+        alone = sharding.pop("ranks") == 1
+        if every or sharding["offload"] or _suits(alone, sharding["replicas"], workload.ranks):
+            under = replace(workload, **sharding, device="cuda")
+            rows.append(Planned(path, under, estimate(under, footprint=model)))
+    return sorted(rows, key=lambda row: (row.workload.offload, list(STRATEGIES).index(row.workload.strategy)))
+
+
+def _suits(alone, replicas, ranks):
+    return alone == (ranks == 1) and ranks % replicas == 0 and (replicas == 1 or ranks > replicas)
+
+
+def format_plan(rows, name, card_gb=CARD_GB):
     """The plan as lines to print.
 
     Args:
-        workload: common.memory.Workload; each strategy gets a line, on GPUs, whatever the workload says of it.
-        name: of the model, for the heading.
+        rows: as planned() returned them; name: of the model, for the heading; card_gb: memory of a device, in GB of
+            1e9 bytes.
     Returns:
         str of several lines.
     """
+    workload = rows[0].workload
     config, model = workload.config, workload.footprint()
-    rows = []
-    for strategy, cut in STRATEGIES.items():
-        for offload in (False, True) if cut.optimizer else (False,):
-            planned = replace(workload, strategy=strategy, offload=offload, device="cuda")
-            parts = estimate(planned, footprint=model)
-            figures = [f"{getattr(parts, column) / GB:,.2f}" for column in COLUMNS]
-            rows.append([strategy + " + offload" * offload, *figures, cards(planned, model) or "never"])
+    table = [["config", *COLUMNS, "fits", "cards"]]
+    for row in rows:
+        figures = [f"{getattr(row.parts, column) / GB:,.2f}" for column in COLUMNS]
+        fits = "yes" if row.parts.total <= card_gb * GB else "no"
+        table.append([row.config.stem, *figures, fits, cards(row.workload, model, card_gb) or "never"])
     checkpointing = ", gradient checkpointing" if workload.gradient_checkpointing else ""
     return "\n".join(
         [
@@ -37,9 +73,10 @@ def format_plan(workload, name):
             f"weights: {4 * model.parameters / GB:,.2f} GB in fp32, {2 * model.parameters / GB:,.2f} GB in bf16",
             f"memory of each of {workload.ranks} GPU(s) in GB, {workload.precision}, {workload.optimizer_type}, "
             f"{workload.rows} rows of {workload.seq_length} tokens{checkpointing}",
-            "(apart: parts that are not there at the same time; host: optimizer state offloaded to the host's memory; "
-            f"cards: the least number of {CARD_GB} GB, a power of two)",
-            *_aligned([["strategy", *COLUMNS, "cards"], *rows]),
+            "(buffers: tensors made whole for their turn, and what is sent; apart: parts that are not there at the",
+            f"same time; host: each process's share in the host's memory; fits: a card of {card_gb:g} GB; cards: the",
+            "least number of them, a power of two)",
+            *_aligned(table),
         ]
     )
 
@@ -55,7 +92,7 @@ def _aligned(table):
 
 def cards(workload, footprint, card_gb=CARD_GB):
     """The smallest power of two of devices that hold a workload, or None where no number does."""
-    ranks = 1
+    ranks = workload.replicas
     while ranks <= MOST_CARDS:
         if estimate(replace(workload, ranks=ranks), footprint=footprint).total <= card_gb * GB:
             return ranks

@@ -9,8 +9,8 @@ python=${FRUGAL_VENV:-.venv}/bin/python
 [[ $python == /* ]] || python=$repo/$python
 launch_flags=()
 
-# Sets config, launcher, processes, precision, role and distributed_type: the YAML for a name in accelerate_configs/ or a path, or
-# without one what fits the machine.
+# Sets config, launcher, processes, precision, role and distributed_type: the YAML for a name in accelerate_configs/ or
+# a path, or without one what fits the machine.
 resolve_config() {
     local name=$1
     count_gpus
@@ -88,13 +88,18 @@ check_then_launch() {
 
 # check script.py arguments...   Ends this shell with the check's exit code if it fails.
 check() {
-    local script=$repo/$1
+    local script=$repo/$1 deepspeed=false fsdp=false
     shift
-    local deepspeed=false fsdp=false slices
     [[ $distributed_type != DEEPSPEED ]] || deepspeed=true
     [[ $distributed_type != FSDP ]] || fsdp=true
-    slices=$(yaml_value parallelism_config_tp_size)
-    ACCELERATE_USE_DEEPSPEED=$deepspeed ACCELERATE_USE_FSDP=$fsdp PARALLELISM_CONFIG_TP_SIZE=${slices:-1} \
+    # as the launcher would set them
+    ACCELERATE_USE_DEEPSPEED=$deepspeed ACCELERATE_USE_FSDP=$fsdp \
+        ACCELERATE_DEEPSPEED_ZERO_STAGE=$(yaml_value zero_stage) \
+        ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=$(yaml_value offload_optimizer_device) \
+        ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE=$(yaml_value offload_param_device) \
+        FSDP_OFFLOAD_PARAMS=$(yaml_value fsdp_offload_params) \
+        PARALLELISM_CONFIG_TP_SIZE=$(yaml_value parallelism_config_tp_size) \
+        PARALLELISM_CONFIG_DP_REPLICATE_SIZE=$(yaml_value parallelism_config_dp_replicate_size) \
         WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
         interruptible "$python" "$script" "$@" --check_arguments || exit
 }

@@ -33,3 +33,11 @@ def plain_perplexity(out, texts):
     with torch.no_grad():
         sums = [model(part, labels=part).loss.double() * part[:, 1:].numel() for part in blocks.split(16)]
     return math.exp(sum(sums) / blocks[:, 1:].numel())
+
+
+def opt_parameters(layers, hidden, vocabulary=50272, positions=2050, words=None, last_norm=True):
+    """By hand: words and positions; four projections, two feed-forward matrices, two norms a layer; the last norm."""
+    layer = 4 * (hidden * hidden + hidden) + (4 * hidden * hidden + 4 * hidden) + (4 * hidden * hidden + hidden)
+    layer += 4 * hidden
+    outside = vocabulary * (words or hidden) + positions * hidden + last_norm * 2 * hidden
+    return outside + 2 * (words or 0) * hidden + layers * layer

@@ -1,5 +1,6 @@
 """Turns the YAML in force into a working accelerator; the only folder that knows how processes talk to each other."""
 
+from common.parallel.configs import launched_sharding
 from common.parallel.launch import (
     check_launch,
     check_optimizer,
@@ -31,6 +32,7 @@ __all__ = [
     "describe",
     "launched_data_ranks",
     "launched_engine",
+    "launched_sharding",
     "launcher_started",
     "main_first",
     "make_accelerator",

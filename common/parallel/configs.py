@@ -1,33 +1,63 @@
-"""What the YAMLs in a folder would cut over processes, as far as a memory estimate needs it."""
+"""What a YAML, or the launcher that has read it, cuts over processes: as far as a memory estimate needs it."""
+
+import os
 
 import yaml
 
+from common.parallel.launch import launched_engine
+
 CPU = "cpu"
+# What accelerate's launcher makes of a YAML's keys
+VARIABLES = {
+    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "fsdp_offload_params": "FSDP_OFFLOAD_PARAMS",
+    "parallelism_config_dp_replicate_size": "PARALLELISM_CONFIG_DP_REPLICATE_SIZE",
+}
 
 
-def sharding_configs(folder):
-    """The YAMLs of one machine whose strategy cuts the model or its optimizer state, in the order of their names.
+def launched_sharding():
+    """What the launcher's environment says of the YAML in force; before make_accelerator, which changes it.
+
+    Returns:
+        dict with strategy, replicas, offload and offload_parameters, as common.memory.Workload takes them.
+    """
+    return _sharding(launched_engine(), {key: os.environ.get(name) or None for key, name in VARIABLES.items()})
+
+
+def single_machine_configs(folder):
+    """The YAMLs for one machine's GPUs, in the order of their names.
 
     Args:
         folder: Path with accelerate configurations.
     Returns:
-        list of (Path, dict with strategy, ranks and offload, as common.memory.Workload takes them).
+        list of (Path, dict as launched_sharding with `ranks`): without those whose strategy is not one of accelerate's
+        own, which a `role` or slices show, and those in fp8.
     """
     found = []
     for path in sorted(folder.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
-        strategy = _strategy(config)
-        if strategy and config.get("num_machines", 1) == 1:
-            found.append((path, {**strategy, "ranks": config.get("num_processes", 1)}))
+        roles = [section for section in config.values() if isinstance(section, dict) and "role" in section]
+        if roles or config.get("num_machines", 1) > 1 or config.get("mixed_precision") == "fp8":
+            continue
+        kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(config.get("distributed_type"), "plain")
+        sections = ("deepspeed_config", "fsdp_config", "parallelism_config")
+        options = {key: value for name in sections for key, value in (config.get(name) or {}).items()}
+        if int(options.get("parallelism_config_tp_size") or 1) > 1:  # has no estimate
+            continue
+        found.append((path, _sharding(kind, options) | {"ranks": config.get("num_processes", 1)}))
     return found
 
 
-def _strategy(config):
-    kind = config.get("distributed_type")
-    sliced = config.get("parallelism_config", {}).get("parallelism_config_tp_size", 1) > 1  # has no estimate
-    if kind == "FSDP" and not sliced:
-        return {"strategy": "fsdp", "offload": bool(config.get("fsdp_config", {}).get("fsdp_offload_params"))}
-    options = config.get("deepspeed_config", {})
-    if kind == "DEEPSPEED" and options.get("zero_stage"):
-        return {"strategy": f"zero{options['zero_stage']}", "offload": options.get("offload_optimizer_device") == CPU}
-    return None
+def _sharding(engine, options):
+    stage = int(options.get("zero_stage") or 0) if engine == "deepspeed" else 0
+    if engine == "fsdp":
+        strategy, offload = "fsdp", str(options.get("fsdp_offload_params")).lower() == "true"
+        whole = offload
+    else:
+        strategy = f"zero{stage}" if stage else "ddp"
+        offload = bool(stage) and options.get("offload_optimizer_device") == CPU
+        whole = stage == 3 and options.get("offload_param_device") == CPU
+    replicas = int(options.get("parallelism_config_dp_replicate_size") or 1) if engine == "fsdp" else 1
+    return {"strategy": strategy, "replicas": replicas, "offload": offload, "offload_parameters": whole}

@@ -1,0 +1,214 @@
+"""The memory estimate under every strategy, against processes that train, and the plan that says which YAML fits."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+from transformers import OPTConfig
+
+from causal import opt_parameters
+from common.arguments import parse_pretraining_arguments
+from common.clm_arguments import parse_clm_arguments
+from common.errors import UserError
+from common.memory import BUCKET, GB, Workload, estimate
+from common.models.presets import opt_shape
+from common.parallel.configs import launched_sharding, single_machine_configs
+from common.plan import main
+from harness import REPOSITORY
+from pretraining import fp32_copy, results
+
+CONFIGS = REPOSITORY / "accelerate_configs"
+RANKS = {"hsdp": 4}  # 2 under the others
+MEASURED = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "zero2_offload", "zero3_offload", "fsdp_offload"]
+QUICK = ("zero2", "fsdp")
+SHAPE = "num_hidden_layers=12,hidden_size=512,word_embed_proj_dim=512,ffn_dim=2048,num_attention_heads=8"
+
+
+# ---- The estimate against processes that train -------------------------------------------------------
+
+
+def training_flags(out):
+    """Five steps to warm up and two more; nothing is saved."""
+    flags = ["--synthetic_data", "--fp32", "--optimizer_type", "adamw", "--throughput_steps", 2, "--block_size", 128]
+    return [*flags, "--per_device_train_batch_size", 1, "--output_dir", out]
+
+
+def assert_predicted(out, name):
+    found = results(out)
+    ratio = found["estimated_memory_bytes"] / found["peak_memory_bytes"]
+    print(
+        f"{name}: {found['estimated_memory_bytes'] / GB:.2f} GB for {found['peak_memory_bytes'] / GB:.2f}: {ratio:.3f}"
+    )
+    assert 0.8 <= ratio <= 1.2
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.exhaustive) for n in MEASURED]
+)
+def test_the_estimate_against_the_peak(harness, out, tmp_path, name):
+    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
+    words = ["run_clm.py", "--config_overrides", SHAPE, *training_flags(out)]
+    for rank in harness.launch(*words, config=config, num_processes=None):
+        rank.check()
+    assert_predicted(out, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_estimate_against_the_peak_of_opt_125m(harness, out, tmp_path, name):
+    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
+    words = ["run_clm.py", "--model_size", "125m", *training_flags(out)]
+    harness.accelerate_launch(*words, config=config, num_processes=None, timeout=600).check()
+    assert_predicted(out, name)
+
+
+# ---- The parts, by hand --------------------------------------------------------------------------------
+
+LARGE = Workload(OPTConfig(**opt_shape("1.3b")), rows=8, seq_length=512, ranks=4, device="cuda")
+NUMBERS = opt_parameters(24, 2048)
+LAYER = 12 * 2048 * 2048 + 13 * 2048
+
+
+def parts(name, **changes):
+    sharding = {path.stem: dict(found) for path, found in single_machine_configs(CONFIGS)}[name]
+    return estimate(replace(LARGE, **sharding | {"ranks": 4} | changes))
+
+
+def gathered_under_fsdp():
+    outside = NUMBERS - 24 * LAYER
+    return 4 * max(outside + 5 * LAYER, 3 * outside)
+
+
+def test_what_each_strategy_holds():
+    whole, quarter = 4 * NUMBERS, NUMBERS
+    expected = {  # parameters, gradients, optimizer, the host's
+        "ddp": (whole, whole, 2 * whole, 0),
+        "zero1": (whole, quarter, 3 * quarter, 0),  # its share of the weights, once more
+        "zero2": (whole, quarter, 3 * quarter, 0),
+        "zero3": (quarter, quarter, 2 * quarter, 0),
+        "fsdp": (quarter, quarter, 2 * quarter, 0),
+        "hsdp": (2 * quarter, 2 * quarter, 4 * quarter, 0),
+        "zero2_offload": (whole, 0, 0, 5 * quarter),  # weights, gradients, two averages, and what is sent back
+        "zero3_offload": (0, 0, 0, 6 * quarter),
+        "fsdp_offload": (0, 0, 0, 4 * quarter),
+    }
+    for name, sizes in expected.items():
+        found = parts(name)
+        assert (found.parameters, found.gradients, found.optimizer, found.host) == pytest.approx(sizes, abs=16), name
+
+
+def test_what_is_there_for_a_while():
+    bucket = 4 * BUCKET
+    assert parts("ddp").buffers == 0
+    assert parts("zero2").buffers == 2 * bucket  # gradients in it, and what is sent of them
+    assert parts("zero2", precision="bf16").buffers == 3 * bucket
+    assert parts("fsdp").buffers == gathered_under_fsdp() == parts("hsdp").buffers
+    assert parts("zero3").buffers == bucket + 4 * (BUCKET + 5 * 10**7 + LAYER)
+    assert parts("fsdp", accumulation=2).gradients == parts("fsdp").gradients + 4 * NUMBERS
+
+
+def test_deepspeed_begins_with_the_whole_model_on_the_device():
+    for name in ("zero3", "zero3_offload"):
+        short = parts(name, rows=1, seq_length=8, ranks=1024)
+        assert short.total >= 4 * NUMBERS
+    assert parts("fsdp", rows=1, seq_length=8, ranks=1024).total < 4 * NUMBERS
+
+
+def test_bf16_keeps_a_copy_of_every_matrix_until_the_backward_pass():
+    """Of cut ones too: autograd keeps what autocast made of a weight, not the weight."""
+    for name in ("ddp", "fsdp", "zero3"):
+        full, half = (parts(name, precision=precision, rows=1, seq_length=8) for precision in ("fp32", "bf16"))
+        assert half.activations - full.activations == pytest.approx(2 * 24 * 12 * 2048 * 2048, rel=0.02)
+
+
+# ---- What a YAML and a launcher say --------------------------------------------------------------------
+
+
+def test_the_launcher_says_what_its_yaml_says(harness, monkeypatch):
+    for path, sharding in single_machine_configs(CONFIGS):
+        launcher = REPOSITORY / "tests" / "harness_launch.py"
+        ran = harness.run(launcher, "--config_file", path, "run_clm.py").check()
+        with monkeypatch.context() as patch:
+            for name, value in json.loads(ran.stdout.splitlines()[-1])["env"].items():
+                patch.setenv(name, value)
+            assert launched_sharding() == {key: value for key, value in sharding.items() if key != "ranks"}, path
+
+
+# ---- The plan --------------------------------------------------------------------------------------------
+
+
+def plan(capsys, *words):
+    """What is printed: the rows of the table by YAML, and the lines under it."""
+    main([str(word) for word in words])
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.split()[:1] == ["config"]]
+    table = [line.split() for line in lines[head:] if line.startswith("  ") and " --" not in line]
+    rows = {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
+    return rows, lines[head + len(table) :]
+
+
+def test_a_row_for_each_yaml_that_makes_sense(capsys):
+    several = ["ddp", "zero1", "zero2", "fsdp", "zero3"]
+    offloaded = ["zero2_offload", "fsdp_offload", "zero3_offload"]
+    assert list(plan(capsys, "125m", 1, 80)[0]) == ["single_gpu", *offloaded]
+    assert list(plan(capsys, "125m", 2, 80)[0]) == [*several, *offloaded]
+    assert list(plan(capsys, "125m", 4, 80)[0]) == [*several[:4], "hsdp", "zero3", *offloaded]
+
+
+def test_the_first_that_fits_is_the_command(capsys):
+    rows, (said, command) = plan(capsys, "1.3b", 4, 24, 4, 512)
+    fits = [name for name, row in rows.items() if row["fits"] == "yes"]
+    assert fits and rows["ddp"]["fits"] == "no" and said == "the first that fits:"
+    words = shlex.split(command)
+    assert words[:4] == ["accelerate", "launch", "--config_file", f"accelerate_configs/{fits[0]}.yaml"]
+    assert words[4:7] == ["--num_processes", "4", "run_clm.py"]
+    _, data, args = parse_clm_arguments([*words[7:], "--synthetic_data"])
+    assert (args.per_device_train_batch_size, args.train_batch_size, data.block_size) == (4, 16, 512)
+    for name, row in rows.items():
+        assert (float(row["total"]) <= 24) == (row["fits"] == "yes"), name
+        gb = sum(float(row[column]) for column in row if column not in ("config", "total", "host", "fits", "cards"))
+        assert gb == pytest.approx(float(row["total"]), abs=0.05)
+
+
+def test_less_at_once_where_nothing_fits_as_it_is(capsys):
+    _, (said, command) = plan(capsys, "1.3b", 2, 16, 64, 2048)
+    assert "fits as it is" in said and "--gradient_checkpointing" in command
+    assert "take more devices" in plan(capsys, "175b", 2, 16)[1][0]
+
+
+def test_bert_presets_and_folders(capsys, tmp_path):
+    rows, (_, command) = plan(capsys, "base", 2, 24)
+    assert rows["ddp"]["fits"] == "yes" and " run_pretraining.py --model_size base " in command
+    parse_pretraining_arguments(shlex.split(command.partition(" run_pretraining.py ")[2]))
+    OPTConfig(**opt_shape("350m")).save_pretrained(tmp_path)
+    rows, (_, command) = plan(capsys, tmp_path, 2, 80)
+    same, _ = plan(capsys, "350m", 2, 80)
+    assert rows == same and f" run_clm.py --model_name_or_path {tmp_path} " in command
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["7b", 2, 24], "model '7b' is unknown: give 125m, .*175b of OPT, tiny, .*large of BERT"),
+        (["no/such", 2, 24], "model 'no/such' is unknown: give 125m"),
+        (["125m", 0, 24], "devices '0'"),
+        (["125m", "two", 24], "devices 'two'"),
+        (["125m", 2, -24], "memory-per-device '-24'"),
+        (["125m", 2, "nan"], "memory-per-device 'nan'"),
+        (["125m", 2, 24, 0], "batch '0'"),
+        (["125m", 2, 24, 4, 4096], "seq 4096 is above the 2048 positions of 125m"),
+    ],
+)
+def test_bad_input_is_one_line(words, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        main([str(word) for word in words])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script(harness):
+    ran = harness.command("bash", "scripts/plan.sh", "125m", 2, 24, 4, 128).check()
+    assert ran.stdout.splitlines()[-2] == "the first that fits:" and ran.stderr == ""
+    ran = harness.command("bash", "scripts/plan.sh", "125m", 2, -1).check(2)
+    assert ran.stderr.startswith("error: memory-per-device '-1'") and ran.stderr.count("\n") == 1
+    assert "Usage: bash scripts/plan.sh <model>" in harness.command("bash", "scripts/plan.sh", "125m").check(2).stderr

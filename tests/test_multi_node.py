@@ -81,7 +81,8 @@ def lost(process, other):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_machines_equal_one_process(harness, machines, single, tiny_corpus, cache, tmp_path, name):
+def test_two_machines_equal_one_process(harness, machines, single, tiny_corpus, cache, tmp_path, shows, name):
+    shows(name, "run_pretraining.py", 2)
     strategy, share = CONFIGS[name]
     out, config = tmp_path / "run", fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
     words = command("bert", tiny_corpus, cache, out, 2)

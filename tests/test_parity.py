@@ -1,11 +1,22 @@
 """Two processes equal one: same losses, same weights, the strategy really in force, whatever is killed."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
 from common.checkpoint import latest_checkpoint
-from pretraining import assert_same_run, fp32_copy, losses, results, small_run, training_rows, wait_for_step, weights
+from pretraining import (
+    SCRIPT,
+    assert_same_run,
+    fp32_copy,
+    losses,
+    results,
+    small_run,
+    training_rows,
+    wait_for_step,
+    weights,
+)
 
 CONFIGS = ["accelerate_configs/cpu.yaml", "accelerate_configs/ddp.yaml"]
 
@@ -25,7 +36,8 @@ def command(corpus, cache, out, *flags):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, config):
+def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, shows, config):
+    shows(Path(config).stem, SCRIPT, 2)
     out = tmp_path / "two"
     ranks = harness.launch(*command(tiny_corpus, cache, out), config=fp32_copy(config, tmp_path))
     for rank in ranks:
@@ -45,7 +57,10 @@ def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, 
 
 
 @pytest.mark.parametrize("config", ["accelerate_configs/cpu.yaml", "accelerate_configs/single_gpu.yaml"])
-def test_one_launched_process_equals_a_plain_one_bit_for_bit(harness, single, tiny_corpus, cache, tmp_path, config):
+def test_one_launched_process_equals_a_plain_one_bit_for_bit(
+    harness, single, tiny_corpus, cache, tmp_path, shows, config
+):
+    shows(Path(config).stem, SCRIPT, 1)
     out = tmp_path / "one"
     words = command(tiny_corpus, cache, out)
     (rank,) = harness.launch(*words, config=fp32_copy(config, tmp_path), num_processes=None)

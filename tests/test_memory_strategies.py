@@ -19,10 +19,8 @@ from harness import REPOSITORY
 from pretraining import fp32_copy, results
 
 CONFIGS = REPOSITORY / "accelerate_configs"
-RANKS = {"hsdp": 4}  # 2 under the others
-MEASURED = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "zero2_offload", "zero3_offload", "fsdp_offload"]
-QUICK = ("zero2", "fsdp")
-SHAPE = "num_hidden_layers=12,hidden_size=512,word_embed_proj_dim=512,ffn_dim=2048,num_attention_heads=8"
+SIZES = "num_hidden_layers=12,hidden_size=512,word_embed_proj_dim=512,ffn_dim=2048,num_attention_heads=8"
+SHAPE, OPT_125M = ("--config_overrides", SIZES), ("--model_size", "125m")
 
 
 # ---- The estimate against processes that train -------------------------------------------------------
@@ -43,23 +41,18 @@ def assert_predicted(out, name):
     assert 0.8 <= ratio <= 1.2
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.exhaustive) for n in MEASURED]
-)
-def test_the_estimate_against_the_peak(harness, out, tmp_path, name):
-    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    words = ["run_clm.py", "--config_overrides", SHAPE, *training_flags(out)]
-    for rank in harness.launch(*words, config=config, num_processes=None):
-        rank.check()
-    assert_predicted(out, name)
+CASES = [  # as a user starts them: a fork of the tests' server lacks the C library's settings, under which gaps stay
+    pytest.param(name, model, marks=() if (name, model) == ("fsdp", SHAPE) else pytest.mark.exhaustive)
+    for model in (SHAPE, OPT_125M)
+    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
+]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", MEASURED)
-def test_the_estimate_against_the_peak_of_opt_125m(harness, out, tmp_path, name):
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_the_estimate_against_the_peak(harness, out, tmp_path, name, model):
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    words = ["run_clm.py", "--model_size", "125m", *training_flags(out)]
-    harness.accelerate_launch(*words, config=config, num_processes=None, timeout=600).check()
+    words = ["run_clm.py", *model, *training_flags(out)]
+    harness.accelerate_launch(*words, config=config, num_processes=None, timeout=900).check()
     assert_predicted(out, name)
 
 
@@ -208,7 +201,8 @@ def test_bad_input_is_one_line(words, expected):
 
 def test_the_script(harness):
     ran = harness.command("bash", "scripts/plan.sh", "125m", 2, 24, 4, 128).check()
-    assert ran.stdout.splitlines()[-2] == "the first that fits:" and ran.stderr == ""
+    assert ran.stdout.splitlines()[-2] == "the first that fits:"
     ran = harness.command("bash", "scripts/plan.sh", "125m", 2, -1).check(2)
-    assert ran.stderr.startswith("error: memory-per-device '-1'") and ran.stderr.count("\n") == 1
+    (error,) = [line for line in ran.stderr.splitlines() if not line.startswith("setup: ")]
+    assert error.startswith("error: memory-per-device '-1'")
     assert "Usage: bash scripts/plan.sh <model>" in harness.command("bash", "scripts/plan.sh", "125m").check(2).stderr

@@ -193,34 +193,6 @@ def test_a_slurm_job_on_two_machines_equals_one_process(harness, machines, singl
 RESTART_FLAGS = ["--checkpointing_steps", 3]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("form", ["script", "accelerate", "torchrun"])
-def test_a_restarted_run_continues_bit_for_bit(harness, machines, tiny_corpus, cache, tmp_path, form):
-    whole, killed, port = tmp_path / "whole", tmp_path / "killed", free_port()
-    config = fp32_copy("accelerate_configs/multi_node.yaml", tmp_path)
-    words = [command("bert", tiny_corpus, cache, out, 2, *RESTART_FLAGS, dropout=0.1) for out in (whole, killed)]
-    for rank in harness.launch(*words[0], config=config, num_processes=None, machines=machines):
-        rank.check()
-    python, env = [sys.executable, "-m"], {"GLOO_SOCKET_IFNAME": INTERFACE}
-    if form == "script":
-        env = {"MASTER_PORT": port, "MAX_RESTARTS": 1}
-        launcher = ["bash", "scripts/run_multi_node.sh", "{node}", 2, ADDRESSES[0], 1, config]
-    elif form == "accelerate":
-        launcher = [*python, "accelerate.commands.launch", "--config_file", config, "--machine_rank", "{node}"]
-        launcher += ["--main_process_ip", ADDRESSES[0], "--main_process_port", port, "--max_restarts", 1]
-    else:
-        launcher = [*python, "torch.distributed.run", "--nnodes", 2, "--node-rank", "{node}", "--nproc-per-node", 1]
-        launcher += ["--master-addr", ADDRESSES[0], "--master-port", port, "--max-restarts", 1]
-    both = [start_on(harness, machines, node, [*launcher, *words[1]], **env) for node in (0, 1)]
-    wait_for_step(both[0], killed, 7, timeout=240)
-    workers(killed)[1].kill()
-    ended = [launcher.wait().check() for launcher in both]
-    assert "restart 1 of 1: --resume_from_checkpoint latest" in ended[0].stdout
-    assert "continuing from" in ended[0].stdout and lost(0, 1) in ended[0].stderr
-    assert_same_run(whole, killed)
-    wait_until_gone(killed, seconds=10)
-
-
 RESTART = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
 
 

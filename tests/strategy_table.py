@@ -71,4 +71,5 @@ def _cell(result):
         return "not tested"
     if result["failed"]:
         return f"**{result['failed']} tests failed**"
-    return f"{result['processes']} process{'es' * (result['processes'] > 1)}, {result['tests']} tests"
+    processes, tests = result["processes"], result["tests"]
+    return f"{processes} process{'es' * (processes > 1)}, {tests} test{'s' * (tests > 1)}"

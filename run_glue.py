@@ -117,7 +117,7 @@ def main():
             load_training_state(accelerator, model, optimizer, checkpoint)
             saved = read_state(checkpoint)
             vars(state).update(saved["train"])
-            begun, batches.completed_steps = saved["log"], state.completed_steps
+            begun, batches.taken = saved["log"], state.consumed_rows // batches.global_batch
             metrics_log.truncate_after(state.completed_steps)
             say(f"continuing from {checkpoint}: step {state.completed_steps:,}")
         facts = {"model": asdict(model_args), "data": asdict(data_args), "training": asdict(args)} | in_force
@@ -154,6 +154,10 @@ def main():
             if not accelerator.sync_gradients:
                 continue  # below: once per optimizer step
 
+            if optimizer.step_was_skipped:  # fp16's gradients overflowed
+                step_log.drop_step(state.completed_steps)
+                state.consumed_rows += batches.global_batch
+                continue
             state.finish_step(batches.global_batch, tokens)
             step_log.finish_step(state.completed_steps, grad_norm, tokens)
             step, epochs = state.completed_steps, state.completed_steps / batches.steps_per_epoch

@@ -11,16 +11,14 @@ from functools import partial
 from common import parallel, run_folder
 from common.checkpoint import read_state, save_checkpoint
 from common.clock import BudgetClock
-from common.errors import DivergedError
 from common.limits import WARM_UP_STEPS, Limits, due
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog, write_all_results
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
-from common.training import LESS_EXTREME, StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained
+from common.training import StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained
 
-MOST_SKIPPED = 40  # the loss scale begins at 2**16 and is halved each time
 LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
 
 
@@ -64,7 +62,7 @@ class Run:
         self.lr_scheduler = LRScheduler(optimizer, factor)  # before the optimizer's state, which has its own rates
         self.metrics_log = MetricsLog(output_dir / run_folder.METRICS, main)
         self.validation_owed, self.last_saved, self.evaluation = False, None, None
-        self.loss_now, self.speed, self.skipped = None, None, 0
+        self.loss_now, self.speed = None, None
         self._continue(parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings)))
         self.reason = self.limits.reached
 
@@ -125,7 +123,6 @@ class Run:
         if skipped:
             self._skip_step()
             return
-        self.skipped = 0
         args, state, clock, limits = self.args, self.state, self.clock, self.limits
         rows_before, hours_before, self.evaluation = state.consumed_rows, clock.used_hours, None
         state.finish_step(args.train_batch_size, tokens)
@@ -166,12 +163,8 @@ class Run:
             self.save_state()
 
     def _skip_step(self):
-        self.skipped += 1
-        if self.skipped == MOST_SKIPPED:
-            step = self.state.completed_steps
-            raise DivergedError(f"{MOST_SKIPPED} updates in a row overflowed in fp16 at step {step}: {LESS_EXTREME}")
+        self.log.drop_step(self.state.completed_steps)
         self.state.consumed_rows += self.args.train_batch_size
-        self.log.drop_step()
         self.clock.tick(self.stop.requested)
         self.reason = "signal" if self.clock.stop else self.limits.reached
 

@@ -14,6 +14,7 @@ LESS_EXTREME = (
     "--warmup_proportion or clipping by --max_grad_norm"
 )
 MOST_UNREAD = 100  # steps whose losses may wait on the device
+MOST_SKIPPED = 40  # updates in a row; the loss scale begins at 2**16 and is halved each time
 
 
 @dataclass
@@ -40,7 +41,7 @@ class StepLog:
     """
 
     def __init__(self, accelerator, totals=None):
-        self.accelerator = accelerator
+        self.accelerator, self._skipped = accelerator, 0
         self._restart(**(totals or {}))
 
     def add(self, loss):
@@ -58,14 +59,22 @@ class StepLog:
         loss = torch.stack(self._micro_losses).mean()
         norm = None if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
         self._unread.append((step, loss, norm))
-        self._micro_losses = []
+        self._micro_losses, self._skipped = [], 0
         self.totals["tokens"] += tokens
         if len(self._unread) >= MOST_UNREAD:
             self.read()
 
-    def drop_step(self):
-        """Forget the losses of a step that was not made."""
-        self._micro_losses = []
+    def drop_step(self, step):
+        """Forget the losses of an update that fp16 skipped because its gradients overflowed.
+
+        Args:
+            step: the last one that was made.
+        Raises:
+            DivergedError: many in a row.
+        """
+        self._micro_losses, self._skipped = [], self._skipped + 1
+        if self._skipped == MOST_SKIPPED:
+            raise DivergedError(f"{MOST_SKIPPED} updates in a row overflowed in fp16 at step {step}: {LESS_EXTREME}")
 
     def paused(self):
         """Context in which time does not count as training (validation, saving)."""

@@ -62,14 +62,14 @@ choose_cpu_precision() {
     fi
 }
 
-# accelerate would give a worker one thread, or say that it chose for us.
+# accelerate would give a worker one thread, or say that it chose for us; its flag for it is not DeepSpeed's.
 choose_threads() {
     local cores physical
     [[ -z ${OMP_NUM_THREADS:-} ]] || return 0
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows what a container or taskset leaves
     physical=$(lscpu -p=core,socket 2>/dev/null | grep '^[0-9]' | sort -u | wc -l || true) # without hyper-threads
     if ((physical > 0 && physical < cores)); then cores=$physical; fi
-    launch_flags+=(--num_cpu_threads_per_process "$((cores > processes ? cores / processes : 1))")
+    export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 }
 
 # check_then_launch script.py arguments...   Bad input ends in the check, with exit code 2: the launcher would make it 1.

@@ -1,15 +1,15 @@
-"""run_pretraining.py with fp16's loss scale on a CPU, where fp16 itself does not run, and gradients that overflow.
+"""An entry script with fp16's loss scale on a CPU, where fp16 itself does not run, and gradients that overflow.
 
-python tests/fp16_scaler.py <first scale> <largest scale without overflow> flags of run_pretraining.py...
+python tests/fp16_scaler.py <first scale> <largest scale without overflow> <script> its flags...
 """
 
+import importlib
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import run_pretraining
 from common import parallel
 from common.errors import run_main
 
@@ -43,5 +43,6 @@ def with_scaler(make_accelerator, first, largest):
 
 if __name__ == "__main__":
     first, largest = (float(sys.argv.pop(1)) for _ in range(2))
+    script = importlib.import_module(sys.argv.pop(1).removesuffix(".py"))
     parallel.make_accelerator = with_scaler(parallel.make_accelerator, first, largest)
-    run_main(run_pretraining.main)
+    run_main(script.main)

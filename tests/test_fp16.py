@@ -1,6 +1,7 @@
 """The loss scale of fp16: an overflow is no step, the scale is remembered, and it is not halved for ever."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,15 @@ FIRST, FITS = 2.0**16, 2.0**13  # three overflows
 
 
 def command(corpus, cache, out, *flags, steps=6, scales=(FIRST, FITS)):
-    _, *words = small_run(corpus, cache, out, *flags, steps=steps)
-    return [SCALER, *scales, *words, "--checkpointing_steps", 2, "--save_total_limit", 9]
+    return [
+        SCALER,
+        *scales,
+        *small_run(corpus, cache, out, *flags, steps=steps),
+        "--checkpointing_steps",
+        2,
+        "--save_total_limit",
+        9,
+    ]
 
 
 def scale_of(checkpoint):
@@ -30,6 +38,51 @@ def test_an_overflow_is_no_step(harness, tiny_corpus, cache, out, optimizer):
     assert state["consumed_rows"] == 8 * (6 + 3) and scale_of(latest_checkpoint(out)) == FITS
     rates = [row["learning_rate"] for row in training_rows(out)]
     assert len(set(rates)) == 6  # the schedule follows steps, not attempts
+
+
+def test_an_overflow_is_no_step_of_fine_tuning(harness, tiny_corpus, cache, tmp_path, out):
+    pretrained, task = tmp_path / "pretrained", tmp_path / "task.csv"
+    harness.run(*small_run(tiny_corpus, cache, pretrained, steps=1)).check()
+    task.write_text(
+        "sentence,label\n" + "".join(f"a {'good' if n % 2 else 'bad'} day {n},{n % 2}\n" for n in range(20))
+    )
+    flags = ["--train_file", task, "--validation_file", task, "--do_train", "--do_eval", "--fp32", "--output_dir", out]
+    flags += ["--per_device_train_batch_size", 4, "--num_train_epochs", 2, "--logging_steps", 1]
+    words = [SCALER, FIRST, FITS, "run_glue.py", "--model_name_or_path", pretrained, *flags]
+    harness.run(*words, "--save_strategy", "epoch").check()
+    assert list(losses(out)) == list(range(1, 11)) and results(out)["train_steps"] == 10
+    first, last = (read_state(out / f"step_{step}")["train"]["consumed_rows"] for step in (5, 10))
+    assert (first, last) == (4 * (5 + 3), 4 * (10 + 3)) and scale_of(out / "step_10") == FITS
+
+
+def test_deepspeed_goes_on_with_its_own_loss_scale():
+    """Of DeepSpeed's class, which runs in fp16 alone: halved once, and ten updates since then."""
+    zero = pytest.importorskip("common.parallel.zero")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def scaled():
+        return DynamicLossScaler(2.0**16, scale_window=20, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+
+    def optimizer(scaler):
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+    def go_on(scaler, updates):
+        for _ in range(updates):
+            scaler.update_scale(False)
+        return scaler
+
+    verbs = zero.ZeroAccelerator
+    whole, again = scaled(), scaled()
+    whole.last_overflow_iter = whole.cur_iter
+    whole.cur_scale, whole.cur_hysteresis = 2.0**15, 1
+    go_on(whole, 10)
+    saved = verbs.loss_scale_state(None, optimizer(whole))
+    assert saved["scale"] == 2.0**15 and all(isinstance(value, int | float) for value in saved.values())
+    verbs.set_loss_scale_state(None, optimizer(again), saved)
+    for updates in range(1, 16):
+        go_on(whole, 1), go_on(again, 1)
+        assert vars(whole) == vars(again), updates
+    assert whole.cur_scale == 2.0**16
 
 
 def test_a_fitting_scale_changes_nothing(harness, tiny_corpus, cache, tmp_path):

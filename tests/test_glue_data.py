@@ -171,7 +171,7 @@ def test_the_cut_changes_neither_the_global_batches_nor_the_weight_of_an_example
 
 def test_a_continued_stream_goes_on_where_it_was():
     whole = taken(GroupedBatches(encoded(), 3, 4, 2, 0, 1, CPU), 60)
-    rest = taken(GroupedBatches(encoded(), 3, 4, 2, 0, 1, CPU, completed_steps=17), 60 - 34)
+    rest = taken(GroupedBatches(encoded(), 3, 4, 2, 0, 1, CPU, taken=17), 60 - 34)
     for (left, *_), (right, *_) in zip(whole[34:], rest, strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
 

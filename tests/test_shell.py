@@ -125,16 +125,18 @@ def test_a_broken_nvidia_smi_is_no_gpu(shell):
 
 
 def test_threads(shell):
-    threads = "--num_cpu_threads_per_process"
-    assert flag(shell.run("cpu")[1], threads) == "2"  # lscpu: cores without hyper-threads
-    assert flag(shell.run("ddp")[1], threads) == "1"
+    def threads(*words, **env):
+        return shell.run(*words, **env)[1]["env"]["OMP_NUM_THREADS"]
+
+    assert threads("cpu") == "2"  # lscpu: cores without hyper-threads
+    assert threads("ddp") == "1"
     shell.machine(nproc=1)
-    assert flag(shell.run("cpu")[1], threads) == "1"  # nproc: what taskset leaves
+    assert threads("cpu") == "1"  # nproc: what taskset leaves
     shell.machine(nproc=12, lscpu=",\n,")
-    assert flag(shell.run("cpu")[1], threads) == "12"
+    assert threads("cpu") == "12"
     shell.machine(gpus="\n".join(f"GPU {number}: A100" for number in range(4)))
-    assert flag(shell.run()[1], threads) == "3"
-    assert flag(shell.run(OMP_NUM_THREADS="5")[1], threads) is None
+    assert threads() == "3"
+    assert threads(OMP_NUM_THREADS="5") == "5"
 
 
 def test_the_cache_is_overwritten_once(shell):

@@ -94,13 +94,13 @@ class GroupedBatches:
         examples: EncodedExamples with labels; seed: int.
         batch_size: rows in a micro-batch; accumulation: micro-batches of one process in a global batch.
         rank, ranks: this process among those that read different rows; device: torch.device.
-        completed_steps: global batches already taken.
+        taken: number of global batches that a run has had already.
     """
 
-    def __init__(self, examples, seed, batch_size, accumulation, rank, ranks, device, completed_steps=0):
+    def __init__(self, examples, seed, batch_size, accumulation, rank, ranks, device, taken=0):
         self.examples, self.seed, self.batch_size = examples, seed, batch_size
         self.accumulation, self.rank, self.ranks, self.device = accumulation, rank, ranks, device
-        self.completed_steps = completed_steps
+        self.taken = taken
 
     @property
     def global_batch(self):
@@ -114,7 +114,7 @@ class GroupedBatches:
 
     def __iter__(self):
         """Yield (batch, number, tokens): as common.data.batches.TrainBatches."""
-        first = self.completed_steps
+        first = self.taken
         while True:
             epoch, begin = divmod(first, self.steps_per_epoch)
             for rows in self.global_batches(epoch)[begin:]:

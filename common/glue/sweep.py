@@ -86,7 +86,6 @@ class SweepArguments:
     config_file: str | None = HfArg(default=None, help="accelerate YAML of each run (default: one plain process).")
     num_processes: int = HfArg(default=1, help="Processes of each run; on GPUs it takes as many devices.")
     mixed_precision: str | None = HfArg(default=None, help="As of accelerate launch.")
-    num_cpu_threads_per_process: int | None = HfArg(default=None, help="As of accelerate launch.")
     devices: str | None = HfArg(
         default=None, help="CUDA devices, with commas, over which the runs are spread (default: one run at a time)."
     )
@@ -106,7 +105,7 @@ def parse_sweep_arguments(argv=None):
     if not args.model_name_or_path or not args.data_dir:
         raise UserError("give a checkpoint and the folder of GLUE's data: run_glue_all.sh <checkpoint> <data-dir>")
     one_of("protocol", args.protocol, PROTOCOLS)
-    for name in ("train_batch_size", "num_processes", "num_cpu_threads_per_process"):
+    for name in ("train_batch_size", "num_processes"):
         at_least(args, name, 1)
     positive(args, "num_train_epochs")
     for word in words:
@@ -244,9 +243,8 @@ def start_process(args, words, log, device):
     if args.config_file:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.config_file]
         command += ["--num_processes", str(args.num_processes)]
-        for name in ("mixed_precision", "num_cpu_threads_per_process"):
-            if value := getattr(args, name):
-                command += [f"--{name}", str(value)]
+        if args.mixed_precision:
+            command += ["--mixed_precision", args.mixed_precision]
         command.append(str(SCRIPT))
     env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     with open(log, "ab") as lock:

@@ -40,6 +40,14 @@ class PlainAccelerator(Accelerator):
         """What is in force, for people."""
         return "single process" if self.num_processes == 1 else "data parallel (DDP)"
 
+    def loss_scale_state(self, optimizer):
+        """fp16's loss scale, and what it takes to go on with it: dict of numbers, empty in other precisions."""
+        return self.scaler.state_dict() if self.scaler else {}
+
+    def set_loss_scale_state(self, optimizer, saved):
+        """Take over what loss_scale_state returned, under this strategy or another, which leaves its `scale` alone."""
+        self.scaler.load_state_dict({key: saved.get(key, value) for key, value in self.scaler.state_dict().items()})
+
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
         """As common.parallel.set_batch."""
         self.gradient_accumulation_steps = accumulation

@@ -37,7 +37,7 @@ def save_training_state(accelerator, model, optimizer, folder):
     if accelerator.is_main_process:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         plain.config.save_pretrained(folder)  # so that from_pretrained can load it, too
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}  # fp16's loss scale
+        scaler = accelerator.loss_scale_state(optimizer)
         torch.save({**state, "scaler": scaler}, folder / OPTIMIZER)
 
 
@@ -60,8 +60,8 @@ def load_training_state(accelerator, model, optimizer, folder):
             "unpickled; let its state_dict hold plain values"
         ) from error
     states.set_whole_optimizer_state(optimizer.optimizer, state, _names(plain))
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:
+        accelerator.set_loss_scale_state(optimizer, state["scaler"])
 
 
 def consolidated_weights(accelerator, model):

@@ -28,6 +28,7 @@ from common.parallel.plain import PlainAccelerator
 from common.parallel.tensors import saved_settings
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+OF_LOSS_SCALE = ("cur_iter", "last_overflow_iter", "cur_hysteresis")  # beside the scale
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 
 
@@ -109,6 +110,20 @@ class ZeroAccelerator(PlainAccelerator):
                 raise UserError(f"the YAML's {key} {config[key]} contradicts {flag}, {value}: remove it from the YAML")
             config[key] = value
 
+    def loss_scale_state(self, optimizer):
+        """As PlainAccelerator's, of DeepSpeed's own loss scale."""
+        scaler = optimizer.optimizer.loss_scaler
+        if not scaler.dynamic:
+            return {}
+        return {"scale": scaler.cur_scale} | {name: getattr(scaler, name) for name in OF_LOSS_SCALE}
+
+    def set_loss_scale_state(self, optimizer, saved):
+        """As PlainAccelerator's."""
+        scaler = optimizer.optimizer.loss_scaler
+        scaler.cur_scale = saved["scale"]
+        for name in OF_LOSS_SCALE:
+            setattr(scaler, name, saved.get(name, getattr(scaler, name)))
+
     def prepare(self, *objects, **options):
         """As accelerate's; a model without an optimizer is only to be judged, and stays whole."""
         optimizers = [thing for thing in objects if isinstance(thing, torch.optim.Optimizer)]
@@ -119,7 +134,9 @@ class ZeroAccelerator(PlainAccelerator):
             if self._precision == "bf16":
                 model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
             return model.to(self.device)
-        return super().prepare(*objects, **options)
+        model, *_ = prepared = super().prepare(*objects, **options)
+        model.optimizer.loss_scaler.raise_error_at_min_scale = False  # when fp16 is hopeless, the loop says
+        return prepared
 
 
 def rest(model):

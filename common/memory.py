@@ -35,9 +35,10 @@ STRATEGIES = {
     "fsdp": Strategy(optimizer=True, gradients=True, parameters=True),
     "zero3": Strategy(optimizer=True, gradients=True, parameters=True, zero=True),
 }
-# DeepSpeed's own defaults, in numbers: reduce_bucket_size; stage3_max_reuse_distance, from a layer's forward pass to
-# its backward pass and so twice what lies behind it; stage3_prefetch_bucket_size; sub_group_size.
-BUCKET, REUSE_DISTANCE, PREFETCHED, SUB_GROUP = 5 * 10**8, 10**9, 5 * 10**7, 10**9
+BUCKET = 5 * 10**7  # DeepSpeed's reduce_bucket_size, in numbers; its default, ten times that, takes 2 to 4 GB of a GPU
+# DeepSpeed's own defaults, in numbers: stage3_max_reuse_distance, from a layer's forward pass to its backward pass and
+# so twice what lies behind it; stage3_prefetch_bucket_size; sub_group_size.
+REUSE_DISTANCE, PREFETCHED, SUB_GROUP = 10**9, 5 * 10**7, 10**9
 
 
 @dataclass(frozen=True)

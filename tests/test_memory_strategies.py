@@ -97,7 +97,7 @@ def test_what_is_there_for_a_while():
     assert parts("zero2").buffers == 2 * bucket  # gradients in it, and what is sent of them
     assert parts("zero2", precision="bf16").buffers == 3 * bucket
     assert parts("fsdp").buffers == gathered_under_fsdp() == parts("hsdp").buffers
-    assert parts("zero3").buffers == bucket + 4 * (BUCKET + 5 * 10**7 + LAYER)
+    assert parts("zero3").buffers == bucket + 4 * (5 * 10**8 + 5 * 10**7 + LAYER)
     assert parts("fsdp", accumulation=2).gradients == parts("fsdp").gradients + 4 * NUMBERS
 
 

@@ -253,9 +253,9 @@ def test_the_script_hands_on_what_the_launcher_needs(shell):
     assert flag(launch, "--config_file") == str(shell.repository / "accelerate_configs" / "multi_node_zero.yaml")
     flags = {"machine_rank": 1, "num_machines": 3, "num_processes": 12, "main_process_ip": "node0"}
     flags |= {"main_process_port": 1234, "rdzv_backend": "static", "deepspeed_multinode_launcher": "standard"}
-    flags |= {"max_restarts": 0, "num_cpu_threads_per_process": 1}
+    flags |= {"max_restarts": 0}
     assert {name: flag(launch, f"--{name}") for name in flags} == {name: str(flags[name]) for name in flags}
-    assert "--same_network" in launch["argv"]
+    assert "--same_network" in launch["argv"] and launch["env"]["OMP_NUM_THREADS"] == "1"
     assert launch["env"]["GLOO_SOCKET_IFNAME"] == launch["env"]["NCCL_SOCKET_IFNAME"] == "eth7"
     assert shlex.split(launch["env"]["FRUGAL_COMMAND"])[1:3] == ["scripts/run_multi_node.sh", "1"]
 

@@ -22,6 +22,7 @@ from deepspeed.utils import (
 )
 
 from common.errors import UserError
+from common.memory import BUCKET
 from common.parallel.extensions import build_extension
 from common.parallel.launch import check_optimizer
 from common.parallel.plain import PlainAccelerator
@@ -62,6 +63,7 @@ class ZeroAccelerator(PlainAccelerator):
             raise UserError("the YAML's zero3_init_flag is not supported: set it to false, models are built whole")
         if config.get("gradient_accumulation_steps") == 1:  # what accelerate puts where the YAML says nothing
             config["gradient_accumulation_steps"] = "auto"
+        config["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
         handlers = []
         if launch.cpu:
             handlers = [InitProcessGroupKwargs(backend="gloo")]

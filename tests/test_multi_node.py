@@ -218,6 +218,44 @@ def test_a_restart_continues_from_the_last_checkpoint_by_itself(harness, killed,
     assert_same_run(whole, out)
 
 
+def kill_when_at(step, out, launcher, victim):
+    """Kill the process of a rank once a run of torchrun's has logged a step; torchrun starts all again."""
+    wait_for_step(launcher, out, step, timeout=240)
+    workers(out)[victim].kill()
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("zero2", "fsdp"))])
+def test_torchrun_starts_both_processes_again(harness, tiny_corpus, cache, tmp_path, name):
+    out, whole, config = tmp_path / "run", tmp_path / "whole", fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
+    words = command("bert", tiny_corpus, cache, out, 2, *RESTART_FLAGS, dropout=0.1)
+    launcher = harness.start_accelerate_launch("--max_restarts", 1, *words, config=config)
+    kill_when_at(7, out, launcher, 1)
+    uninterrupted = command("bert", tiny_corpus, cache, whole, 2, *RESTART_FLAGS, dropout=0.1)
+    for rank in harness.launch(*uninterrupted, config=config):
+        rank.check()
+    assert "restart 1 of 1: --resume_from_checkpoint latest" in launcher.wait().check().stdout
+    assert_same_run(whole, out)
+
+
+@pytest.mark.exhaustive
+def test_the_script_on_two_machines_starts_both_again(harness, machines, tiny_corpus, cache, tmp_path):
+    out, whole, config = (
+        tmp_path / "run",
+        tmp_path / "whole",
+        fp32_copy("accelerate_configs/multi_node.yaml", tmp_path),
+    )
+    words = command("bert", tiny_corpus, cache, out, 2, *RESTART_FLAGS, dropout=0.1)
+    words, port = ["bash", "scripts/run_multi_node.sh", "{node}", 2, ADDRESSES[0], 1, config, *words], free_port()
+    both = [start_on(harness, machines, node, words, MASTER_PORT=port, MAX_RESTARTS=1) for node in (0, 1)]
+    kill_when_at(7, out, both[0], 1)
+    uninterrupted = command("bert", tiny_corpus, cache, whole, 2, *RESTART_FLAGS, dropout=0.1)
+    for rank in harness.launch(*uninterrupted, config=config, num_processes=None, machines=machines):
+        rank.check()
+    for launcher in both:
+        launcher.wait().check()
+    assert_same_run(whole, out)
+
+
 def test_a_restart_does_not_continue_another_run(harness, killed):
     """A folder that was there before the launcher, which the first start has refused."""
     out, words = killed

@@ -6,7 +6,22 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError, limit_reached
+from common.parallel.launch import restarts
 from common.parallel.watch import stop_watch
+
+
+def meet_again(backend):
+    """Form the group of processes that torchrun has started once more. Every process calls it.
+
+    Between two starts torchrun may keep its store, and in it the addresses of processes that are gone, which the new
+    ones would try to reach; so each start has names of its own there.
+
+    Args:
+        backend: "gloo" or "nccl".
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart_{restarts()[0]}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def data_rank(accelerator):

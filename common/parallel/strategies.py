@@ -8,8 +8,9 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from common.errors import UserError
 from common.hardware import has_bf16
-from common.parallel.launch import check_launch
+from common.parallel.launch import check_launch, restarts
 from common.parallel.plain import PlainAccelerator
+from common.parallel.processes import meet_again
 from common.parallel.watch import start_watch
 
 
@@ -42,6 +43,8 @@ def make_accelerator(precision=None, tracker="none"):
         # an endless stream has no end of an epoch at which a half-full accumulation would have to be flushed
         "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
     }
+    if launch.world > 1 and restarts()[0]:
+        meet_again("gloo" if launch.cpu else "nccl")
     try:
         accelerator = _accelerator_class(launch.engine)(launch, **settings)
     except ValueError as error:

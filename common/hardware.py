@@ -1,6 +1,9 @@
-"""What the processor can do."""
+"""What the processor can do, and what precisions mean."""
 
 import torch
+
+# What autocast computes in; of fp8, everything but the products of its layers.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def has_bf16(device_type: str) -> bool:

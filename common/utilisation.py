@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from common.hardware import AUTOCAST
 from common.memory_settings import give_back_memory
 
 MASKED_FORMULA = (
@@ -62,10 +63,10 @@ def matmul_peak(device, precision, seconds=0.3):
 
     Args:
         device: torch.device.
-        precision: "bf16", "fp16" or "fp32".
+        precision: "bf16", "fp16", "fp32", or "fp8", whose measure is bf16's: so it compares with a run in bf16.
         seconds: how long to look for the best.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = AUTOCAST.get(precision, torch.float32)
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

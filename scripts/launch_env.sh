@@ -101,6 +101,7 @@ check() {
         PARALLELISM_CONFIG_TP_SIZE=$(yaml_value parallelism_config_tp_size) \
         PARALLELISM_CONFIG_DP_REPLICATE_SIZE=$(yaml_value parallelism_config_dp_replicate_size) \
         WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
+        ACCELERATE_FP8_BACKEND=$(yaml_value backend) \
         interruptible "$python" "$script" "$@" --check_arguments || exit
 }
 

@@ -48,6 +48,7 @@ CASES = {
 }
 WITHOUT_GROUPS = {"cpu", "single_gpu"}  # one process; see test_parity.py
 TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
+GPUS_ALONE = {"fp8"}  # see test_fp8.py
 MODELS = {
     "bert": AutoModelForMaskedLM,
     "opt": AutoModelForCausalLM,
@@ -115,7 +116,7 @@ def launch(harness, name, tmp_path, words):
 
 
 def test_every_yaml_has_its_row():
-    elsewhere = WITHOUT_GROUPS | TWO_MACHINES
+    elsewhere = WITHOUT_GROUPS | TWO_MACHINES | GPUS_ALONE
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == CASES.keys() | elsewhere
 
 

@@ -8,6 +8,8 @@ import time
 import torch
 from transformers import AttentionInterface
 
+from common.hardware import AUTOCAST
+
 PATHS = ("sdpa", "plain")
 MEASUREMENTS = 4  # of each path; the first one warms up
 MEASURED_ROWS = 8  # on a CPU, where more would take long and tell no more
@@ -73,7 +75,7 @@ def fastest_attention(accelerator, config, rows, seq_length, packed):
     """
     device = accelerator.device
     rows = min(rows, MEASURED_ROWS) if device.type == "cpu" else rows
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = AUTOCAST.get(accelerator.mixed_precision, torch.float32)
     heads = config.num_attention_heads
     shape = (rows, heads, seq_length, config.hidden_size // heads)
     inputs = [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]

@@ -14,12 +14,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
 from common.models.layers import make_fast, use_attention
 from common.models.mlm import FAMILIES
 from common.optimizers import hidden_matrices
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def footprint(config, seq_length, precision="fp32", head="causal", targets=None,
 
     Args:
         config: transformers configuration.
-        seq_length: S. precision: "fp32", or autocast's "bf16" or "fp16".
+        seq_length: S. precision: "fp32", or autocast's "bf16" or "fp16"; "fp8" counts as bf16.
         head: "causal", or "masked" (with k = `targets`), where the head's transformation counts but not its logits.
         packed: whether a mask keeps the documents of a row apart. attention: path in transformers' interface.
     Returns:

@@ -45,7 +45,8 @@ def attend(attention, path, hidden, mask, wanted):
 
 
 def _project(layers, hidden):
-    if hasattr(layers[0].weight, "device_mesh"):  # slices, of which a layer itself knows how to multiply by them
+    plain = all(type(layer) is torch.nn.Linear and not hasattr(layer.weight, "device_mesh") for layer in layers)
+    if not plain:  # fp8, or slices: a layer itself knows how to multiply by them
         return [layer(hidden) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])

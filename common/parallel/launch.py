@@ -12,6 +12,7 @@ import torch
 from common.errors import UserError
 from common.hardware import has_bf16
 from common.optimizers import is_elementwise
+from common.parallel.fp8 import check_fp8
 
 # What the first word of a YAML's `role` may be, with the options that follow it as name=number; accelerate's own
 # strategies leave torchrun's "default".
@@ -37,7 +38,7 @@ class Launch:
     """What is asked for.
 
     engine: as launched_engine. role: first word of the YAML's `role`. world: processes. sizes: their arrangement.
-    cpu: whether to compute there. precision: "bf16", "fp16" or "no".
+    cpu: whether to compute there. precision: "bf16", "fp16", "fp8" or "no".
     """
 
     engine: str
@@ -184,6 +185,8 @@ def _resolve_precision(asked, cpu):
     precision = asked or launched or ("bf16" if has_bf16("cpu" if cpu else "cuda") else "no")
     if precision == "fp16" and cpu:
         raise UserError("fp16 needs a GPU: use --bf16 or --fp32 (or mixed_precision: bf16 in the YAML) on a CPU")
+    if precision == "fp8":
+        check_fp8(launched_engine(), cpu)
     return precision
 
 

@@ -1,8 +1,9 @@
 """The accelerator where every process holds the whole model, and what those of other strategies must answer."""
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from common.parallel import tensors
+from common.parallel import fp8, tensors
 
 
 class PlainAccelerator(Accelerator):
@@ -19,12 +20,18 @@ class PlainAccelerator(Accelerator):
     compiles = True
 
     def __init__(self, launch, **settings):
-        super().__init__(
-            cpu=launch.cpu,
-            mixed_precision=launch.precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-            **settings,
-        )
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        if launch.precision == "fp8":
+            handlers.append(fp8.recipe())
+        super().__init__(cpu=launch.cpu, mixed_precision=launch.precision, kwargs_handlers=handlers, **settings)
+
+    def prepare(self, *objects, **options):
+        """As accelerate's; says which layers are in fp8 where that is asked for."""
+        prepared = super().prepare(*objects, **options)
+        if self.mixed_precision == "fp8":
+            for model in filter(lambda thing: isinstance(thing, torch.nn.Module), objects):
+                self.print(fp8.describe_layers(model), flush=True)
+        return prepared
 
     def prepare_optimizer(self, optimizer, device_placement=None):
         """As accelerate's; an overflow in fp16 is left to the loss scale, which says when it skips an update."""

@@ -56,6 +56,11 @@ def make_accelerator(precision=None, tracker="none"):
             f"the launcher started {launch.world} processes but this one sees {accelerator.num_processes}: "
             "launch with accelerate_configs/cpu.yaml or accelerate_configs/ddp.yaml"
         )
+    if accelerator.mixed_precision != launch.precision:
+        raise UserError(
+            f"{launch.precision} was asked for and accelerate has taken {accelerator.mixed_precision}: give "
+            f"accelerate launch --mixed_precision {accelerator.mixed_precision}"
+        )
     if launch.world > 1:
         start_watch(accelerator.process_index, launch.world)
     return accelerator

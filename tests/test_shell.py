@@ -155,7 +155,7 @@ def test_help_launches_nothing(shell, word):
 
 def test_bad_input_launches_nothing(shell):
     said = shell.fail("nowhere")
-    assert said.count("\n") == 1 and "'nowhere'" in said and "cpu ddp fsdp" in said
+    assert said.count("\n") == 1 and "'nowhere'" in said and "cpu ddp fp8 fsdp" in said
     assert "surplus" in shell.fail("cpu", "1", "tiny", "embedded", "surplus")
     assert shell.fail("cpu", "0", STUB_EXIT="2") == ""
     shell.fail("cpu", code=1, STUB_EXIT="1")

@@ -34,7 +34,7 @@ from common.data.prepare import prepare_corpus
 from common.errors import run_main
 from common.fill_mask import fill_mask_examples
 from common.final_report import report
-from common.models.attention import fastest_attention
+from common.models.attention_choice import choose_attention, refuse_attention
 from common.models.layers import use_attention
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
@@ -61,6 +61,7 @@ def main():
     stop = StopSignals()
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
+    refuse_attention(model_args.attn_implementation, accelerator.device.type)
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
     output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.make_run_folder()))
@@ -108,13 +109,11 @@ def main():
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
     run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
-    if attention == "auto":
-        attention = run.saved.get("attention", "auto")
-    if attention == "auto":
-        shape = (config, per_device, data_args.max_seq_length, data_args.packing == "documents")
-        attention, seconds = parallel.on_main(accelerator, lambda: fastest_attention(accelerator, *shape))
-        measured = ", ".join(f"{name} {1000 * time:.1f} ms" for name, time in seconds.items())
-        say(f"attention: {attention} (forward and backward: {measured})")
+    length = data_args.max_seq_length
+    targets = {targets_per_row(mode.probability, length) for mode in (masking, masking.for_validation())}
+    shape = (config, per_device, length, sorted(targets), data_args.packing == "documents", compiling)
+    choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say)
+    attention = parallel.on_main(accelerator, choose)
     use_attention(plain_model(model), attention)
     run.remembered = {"attention": attention}
     command = os.environ.get("FRUGAL_COMMAND") or shlex.join(["python", *sys.argv])  # as the user typed it
@@ -161,6 +160,7 @@ def main():
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
     cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.replay_clock:
         read_readings(args.replay_clock)

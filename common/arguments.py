@@ -101,7 +101,8 @@ class ModelArguments:
         help="unigram: an untrained model answers with the training text's token frequencies; or zeros, as in BERT.",
     )
     attn_implementation: str = HfArg(
-        default="auto", help="plain (two matmuls), sdpa, or auto: the faster one, measured at the start."
+        default="auto",
+        help="plain (two matmuls), sdpa, flex_attention (CUDA), or auto: the fastest one, measured at the start.",
     )
 
     @property
@@ -357,7 +358,7 @@ def _check_model(model, data, defaults):
         raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
     one_of("model_size", model.model_size, list(MODEL_SIZES))
     one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
-    one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa"])
+    one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa", "flex_attention"])
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for name in (*shape, "max_position_embeddings"):
         at_least(model, name, 1)
@@ -371,6 +372,11 @@ def _check_model(model, data, defaults):
         model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         between(model, name, 0, 1, upper_open=True)
+    if model.attn_implementation == "flex_attention" and model.attention_probs_dropout_prob:
+        raise UserError(
+            "--attn_implementation flex_attention has no dropout: give auto, plain or sdpa, or "
+            "--attention_probs_dropout_prob 0"
+        )
     width, heads = (model.shape[name] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:
         given = f"--num_attention_heads {heads}" if model.num_attention_heads else f"its {heads} heads of 64"

@@ -74,6 +74,11 @@ def test_arguments_in_a_process(harness, tiny_corpus, cache, out):
     refuse(harness, train_on(tiny_corpus, cache, out, "--optimizer_type", "nowhere:Adam"), "nowhere")
     refuse(harness, train_on(tiny_corpus, cache, out, "--hidden_act", "wavy"), "--hidden_act wavy")
     refuse(harness, train_on(tiny_corpus, cache, out, "--vocab_size", 100), "--vocab_size 100")
+    flex = ["--attn_implementation", "flex_attention"]
+    refuse(harness, train_on(tiny_corpus, cache, out, *flex), "--attn_implementation flex_attention", "CUDA")
+    refuse(harness, train_on(tiny_corpus, cache, out, *flex, "--check_arguments"), "flex_attention", "CUDA")
+    dropout = ["--attention_probs_dropout_prob", 0.1]
+    refuse(harness, train_on(tiny_corpus, cache, out, *flex, *dropout), "--attention_probs_dropout_prob 0")
     refuse(harness, train_on(tiny_corpus, cache, out, "--fp16"), "--fp32", "--fp16")
     words = [word for word in train_on(tiny_corpus, cache, out, "--fp16") if word != "--fp32"]
     refuse(harness, words, "fp16 needs a GPU")

@@ -1,5 +1,6 @@
 """Our forward pass against stock transformers: same loss, same gradient, nothing seen across documents."""
 
+import re
 import time
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ from transformers import AttentionInterface, AutoModelForMaskedLM, BertForMasked
 
 from common.arguments import DataArguments, ModelArguments
 from common.errors import UserError
-from common.models.attention import PATHS, fastest_attention
+from common.models.attention import MASKS, plain_attention, same_document_mask
+from common.models.attention_choice import AttentionTrial, choose_attention
 from common.models.cross_entropy import linear_cross_entropy
 from common.models.layers import use_attention
 from common.models.mlm import build_mlm_model
@@ -152,21 +154,155 @@ def test_vocabulary_and_positions():
         build(vocab_size=299)
 
 
-def test_the_attention_path_is_the_faster_one(monkeypatch):
+@pytest.fixture
+def patch_path(monkeypatch):
+    """A function that puts a path into the interface, under a name that is there or a new one."""
+
+    def patch(name, path):
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, path)
+        monkeypatch.setitem(MASKS, name, MASKS.get(name, same_document_mask))
+
+    return patch
+
+
+def trial_shape(packed=True):
+    """What follows the accelerator of an AttentionTrial: the small model, rows of S, two counts of targets."""
+    return build().config, 5, S, [4, 10], packed, False
+
+
+def accelerator_stub(mixed_precision="no"):
+    return SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed_precision)
+
+
+@pytest.mark.parametrize("slow", ["sdpa", "plain"])
+def test_the_attention_path_is_the_faster_one(patch_path, slow):
     """What is chosen is what was measured: a path that is made to wait is not taken."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    paths = AttentionInterface()
-    for slow in PATHS:
-        path = paths[slow]
+    path = AttentionInterface()[slow]
 
-        def waiting(*args, path=path, **kwargs):
-            time.sleep(0.05)
-            return path(*args, **kwargs)
+    def waiting(*args, **kwargs):
+        time.sleep(0.05)
+        return path(*args, **kwargs)
 
-        with monkeypatch.context() as patch:
-            patch.setitem(AttentionInterface._global_mapping, slow, waiting)
-            chosen, seconds = fastest_attention(accelerator, build().config, 2, S, packed=True)
-        assert chosen != slow and seconds[slow] > 0.05 and set(seconds) == set(PATHS)
+    patch_path(slow, waiting)
+    trial = AttentionTrial(accelerator_stub(), *trial_shape())
+    chosen, seconds, faults = trial.fastest(trial.candidates())
+    assert chosen != slow and seconds[slow] > 0.05 and set(seconds) == {"sdpa", "plain"} and not faults
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_right_attention_passes_the_comparison(precision, packed):
+    trial = AttentionTrial(accelerator_stub(precision), *trial_shape(packed))
+    assert trial.fault("sdpa") is None
+
+
+def blind_to_documents(module, query, key, value, mask, **kwargs):
+    return plain_attention(module, query, key, value, None, **kwargs)
+
+
+def wrong_for_some(module, query, key, value, mask, **kwargs):
+    if query.shape[2] != key.shape[2]:  # the last layer's
+        query = query.flip(2)
+    return plain_attention(module, query, key, value, mask, **kwargs)
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
+
+
+def wrong_gradient(module, query, key, value, mask, **kwargs):
+    return plain_attention(module, query, WrongGradient.apply(key), value, mask, **kwargs)
+
+
+def not_a_number(module, query, key, value, mask, **kwargs):
+    output, _ = plain_attention(module, query, key, value, mask, **kwargs)
+    return output * float("nan"), None
+
+
+def failing(*_, **__):
+    raise RuntimeError("no kernel for heads of 16\nand more")
+
+
+@pytest.mark.parametrize(
+    "path, fault",
+    [
+        (blind_to_documents, "differs from plain attention by .e.* for all positions"),
+        (wrong_for_some, "differs from plain attention by .e.* for 4 positions of a row"),
+        (wrong_gradient, "differs from plain attention by 1e-02 for all positions"),
+        (not_a_number, "differs from plain attention by nan for all positions"),
+        (failing, r"cannot run here \(RuntimeError: no kernel for heads of 16\)$"),
+    ],
+)
+def test_wrong_attention_is_left_out_and_that_is_said(monkeypatch, patch_path, path, fault):
+    """Though it would be the fastest: it is not even measured."""
+    patch_path("wrong", path)
+    monkeypatch.setattr(AttentionTrial, "candidates", lambda _: ["sdpa", "wrong", "plain"])
+    lines = []
+    chosen = choose_attention(accelerator_stub(), trial_shape(), "auto", None, lines.append)
+    assert chosen in ("sdpa", "plain")
+    assert len(lines) == 2 and re.match(f"attention: wrong is left out, it {fault}", lines[0]), lines
+    assert lines[1].startswith(f"attention: {chosen} (forward and backward: sdpa ") and "wrong" not in lines[1]
+
+
+@pytest.mark.parametrize(
+    "mode, attention, compiled",
+    [
+        ("post-ln", "sdpa", False),
+        ("post-ln", "flex_attention", False),
+        ("pre-ln", "flex_attention", False),
+        ("post-ln", "flex_attention", True),
+        pytest.param("pre-ln", "flex_attention", True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_evaluation_is_the_same_by_every_path(mode, attention, compiled):
+    """Targets in three documents and in the padding; torch trains by flex_attention on CUDA alone."""
+    batch = packed_batch().batch
+    batch["masked_positions"][:, 3] = S - 2
+    expected = build(mode, "plain").eval()
+    model = build(mode, attention).eval()
+    if compiled:
+        # as one graph, with the mask in it; the compiler's own kernels for CPUs refuse such a mask
+        model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        plain, other = expected(**batch), model(**batch)
+    assert other.loss.item() == pytest.approx(plain.loss.item(), abs=1e-5)
+    torch.testing.assert_close(other.losses, plain.losses, atol=1e-5, rtol=0)
+
+
+def test_flex_attention_equals_plain_attention_at_every_position():
+    """All positions, padding among them, and some of them in any order."""
+    documents = packed_batch().batch["document_ids"]
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(B, 2, S, 16, generator=generator) for _ in range(3))
+    some = torch.rand(B, S, generator=generator).argsort(dim=1)[:, :7]
+    of_some = query.gather(2, some[:, None, :, None].expand(-1, 2, -1, 16))
+    for queries, wanted in ((query, None), (of_some, some)):
+        outputs = {}
+        for name in ("plain", "sdpa", "flex_attention"):
+            inputs = queries, key, value, MASKS[name](documents, torch.float32, wanted)
+            path, module = AttentionInterface()[name], torch.nn.Identity()
+            outputs[name], _ = path(module, *inputs, scaling=0.25, dropout=0.0, is_causal=False)
+        for name in ("sdpa", "flex_attention"):
+            torch.testing.assert_close(outputs[name], outputs["plain"], atol=1e-5, rtol=0)
+
+
+def test_what_a_checkpoint_was_trained_with_is_kept_where_it_runs():
+    lines = []
+    for saved in ("plain", "sdpa"):
+        assert choose_attention(accelerator_stub(), trial_shape(), "auto", saved, lines.append) == saved
+    assert not lines
+    chosen = choose_attention(accelerator_stub(), trial_shape(), "auto", "flex_attention", lines.append)
+    assert chosen in ("sdpa", "plain") and len(lines) == 2
+    assert lines[0].startswith("attention: flex_attention, which the checkpoint was trained with, cannot run here (")
+    assert "does not support backward on CPU" in lines[0] and lines[0].endswith(": measuring again")
+    with pytest.raises(UserError, match="--attn_implementation flex_attention cannot run here"):
+        choose_attention(accelerator_stub(), trial_shape(), "flex_attention", None, lines.append)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

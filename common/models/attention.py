@@ -1,19 +1,15 @@
-"""Attention paths, registered with transformers' attention interface so that its models use them unchanged.
+"""Attention paths, by their names in transformers' attention interface, so that its models use them unchanged.
 
 B batch, A heads, N queries, S sequence, D head size.
 """
 
-import time
+import functools
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from common.hardware import AUTOCAST
-
-PATHS = ("sdpa", "plain")
-MEASUREMENTS = 4  # of each path; the first one warms up
-MEASURED_ROWS = 8  # on a CPU, where more would take long and tell no more
-CLEARLY = 0.9  # what is this much faster than sdpa is chosen; a smaller difference is noise
+FLEX_SHAPES = 32  # for which a kernel is made; a run has two in training and two in validation
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -40,61 +36,72 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(weights, value).transpose(1, 2), None
 
 
+def static_flex_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Attention in a kernel that torch's compiler makes for the shapes of its inputs, and that skips masked blocks.
+
+    On a CPU, where there is no backward pass, it is the same in plain operations.
+
+    Args:
+        module, query, key, value, scaling: as plain_attention; there is no dropout.
+        attention_mask: None, or what same_document_blocks gives.
+    Returns:
+        as plain_attention.
+    """
+    as_it_is = torch.compiler.is_compiling() or query.device.type == "cpu"
+    attend = flex_attention if as_it_is else _compiled_flex_attention()
+    return attend(query, key, value, block_mask=attention_mask, scale=scaling).transpose(1, 2), None
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False, recompile_limit=FLEX_SHAPES)
+
+
 AttentionInterface.register("plain", plain_attention)
+AttentionInterface.register("flex_attention", static_flex_attention)
 
 
-def same_document_mask(of_queries, of_keys, dtype):
+def same_document_mask(documents, dtype, wanted=None):
     """What to add to the scores in packed rows, so that positions attend to their own document alone.
 
     Added, not selected by: no path has to make it of a bool again in every layer, and it needs no backward pass.
 
     Args:
-        of_queries, of_keys: document_ids [B, N] and [B, S], integers, 0 = padding (which attends to padding).
+        documents: document_ids [B, S], integers, 0 = padding (which attends to padding).
         dtype: of the scores.
+        wanted: positions of the queries in their row, [B, N] int64; None for all.
     Returns:
         [B, 1, N, S] of dtype: 0 within a document, the lowest finite number elsewhere.
     """
-    other = of_queries[:, :, None] != of_keys[:, None, :]
+    of_queries = documents if wanted is None else documents.gather(1, wanted)
+    other = of_queries[:, :, None] != documents[:, None, :]
     mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
     return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
+
+
+def same_document_blocks(documents, _, wanted=None):
+    """As same_document_mask, for flex_attention: which blocks of scores there are at all, and a test within them.
+
+    Args:
+        documents, wanted: as same_document_mask. The test looks into them and into nothing made of them, which the
+            compiler might not have in memory.
+    Returns:
+        torch.nn.attention.flex_attention.BlockMask of [B, 1, N, S].
+    """
+
+    def same_document(row, _, query, key):
+        place = query if wanted is None else wanted[row, query]
+        return documents[row, place] == documents[row, key]
+
+    rows, keys = documents.shape
+    queries = keys if wanted is None else wanted.shape[1]
+    return create_block_mask(same_document, rows, None, queries, keys, documents.device)
+
+
+# The paths of a run, and the kind of mask that keeps documents apart on each of them.
+MASKS = {"sdpa": same_document_mask, "plain": same_document_mask, "flex_attention": same_document_blocks}
 
 
 def compute_dtype(device):
     """The precision of matrix products here and now: autocast's, or fp32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-
-
-def fastest_attention(accelerator, config, rows, seq_length, packed):
-    """Measure the attention paths on this device.
-
-    Args:
-        accelerator: for the device and the precision.
-        config: of the model; rows: B; seq_length: S; packed: whether documents in a row must not see each other.
-    Returns:
-        (name, seconds): the path to take, and what forward and backward of one layer took by each of them.
-    """
-    device = accelerator.device
-    rows = min(rows, MEASURED_ROWS) if device.type == "cpu" else rows
-    dtype = AUTOCAST.get(accelerator.mixed_precision, torch.float32)
-    heads = config.num_attention_heads
-    shape = (rows, heads, seq_length, config.hidden_size // heads)
-    inputs = [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    documents = torch.arange(seq_length, device=device).expand(rows, -1) * 4 // seq_length
-    mask = same_document_mask(documents, documents, dtype) if packed else None
-    seconds = dict.fromkeys(PATHS, float("inf"))
-    for _ in range(MEASUREMENTS):
-        for name in PATHS:
-            seconds[name] = min(seconds[name], _time(AttentionInterface()[name], inputs, mask))
-    name = min(seconds, key=seconds.get)
-    return (name if seconds[name] < CLEARLY * seconds["sdpa"] else "sdpa"), seconds
-
-
-def _time(path, inputs, mask):
-    module = torch.nn.Identity()
-    wait = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
-    wait()
-    began = time.perf_counter()
-    output, _ = path(module, *inputs, mask, scaling=inputs[0].shape[-1] ** -0.5, dropout=0.0, is_causal=False)
-    torch.autograd.grad(output.sum(), inputs)
-    wait()
-    return time.perf_counter() - began

@@ -151,7 +151,7 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
             run = model
         else:
             model.config._attn_implementation = attention
-            mask = same_document_mask(ids, ids, torch.float32)
+            mask = same_document_mask(ids, torch.float32)
             batch = {"attention_mask": mask, "position_ids": ids} if packed else {}
             run = model.base_model
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:

@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
 
+from common.models.attention import MASKS
+
 
 def take(hidden, wanted):
     """Rows of `hidden` [B, S, H] at the positions `wanted` [B, N]: [B, N, H]."""
@@ -25,7 +27,7 @@ def attend(attention, path, hidden, mask, wanted):
         attention: stock module with query, key and value layers.
         path: function of transformers' attention interface.
         hidden: [B, S, H].
-        mask: None, or what to add to the scores, [B, 1, S, S] ([B, 1, N, S] where some are wanted).
+        mask: None, or of the path's kind: which of the [B, 1, S, S] scores count ([B, 1, N, S] where some are wanted).
         wanted: None for all, or [B, N] int64.
     Returns:
         [B, S, H], or [B, N, H].
@@ -85,6 +87,7 @@ def make_fast(model):
 
 
 def use_attention(model, name):
-    """Choose the attention path of all layers, by its name in transformers' interface."""
+    """Choose the attention path of all layers, by its name in transformers' interface, and the masks of its kind."""
+    model.document_mask = MASKS[name]
     for layer in model.base_model.encoder.layer:
         layer.attention_path = AttentionInterface()[name]

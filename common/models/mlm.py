@@ -9,7 +9,7 @@ from transformers import AutoConfig, BertConfig, BertForMaskedLM, MegatronBertCo
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError
-from common.models.attention import compute_dtype, same_document_mask
+from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.layers import make_fast, use_attention
 
@@ -39,8 +39,8 @@ class MaskedPositionsMixin:
         mask = mask_of_masked = None
         if self.packs_documents:
             dtype = compute_dtype(document_ids.device)
-            mask = same_document_mask(document_ids, document_ids, dtype)
-            mask_of_masked = same_document_mask(document_ids.gather(1, masked_positions), document_ids, dtype)
+            mask = self.document_mask(document_ids, dtype)
+            mask_of_masked = self.document_mask(document_ids, dtype, masked_positions)
         hidden = self._embed(input_ids, position_ids)  # [B, S, H]
         *layers, last = self.base_model.encoder.layer
         for layer in layers:

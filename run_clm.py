@@ -95,7 +95,7 @@ def main():
     refuse_above_cap(workload, expected, args.mem_cap)
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)
-    model = build_causal_lm(model_args, data_args, config)
+    model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     parameters, flops = model.num_parameters(), causal_flops(model, data_args.block_size)
@@ -223,7 +223,7 @@ def check(config, model_args, data_args, args):
     fit_vocabulary(config, tokenizer, model_args)
     refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap)
     if model_args.model_name_or_path:  # random weights cannot be damaged
-        build_causal_lm(model_args, data_args, config)
+        build_causal_lm(model_args, data_args, config, parallel.load_shapes)
     return 0
 
 

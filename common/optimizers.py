@@ -213,7 +213,8 @@ def _accepted_arguments(optimizer_class: type) -> set[str]:
 
 def _can_be_fused(model: torch.nn.Module) -> bool:
     """Whether one kernel can update all parameters, which saves a pass over memory per operation."""
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    devices = ("cpu", "cuda", "meta")  # the last one until the model is cut
+    return all(p.device.type in devices and p.is_floating_point() for p in model.parameters())
 
 
 def _one_line(error: Exception) -> str:

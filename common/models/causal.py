@@ -3,6 +3,8 @@
 B batch, S sequence, H hidden size, V vocabulary.
 """
 
+import copy
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -105,22 +107,23 @@ def row_length(config, block_size):
     return block_size
 
 
-def build_causal_lm(model_args, data_args, config):
+def build_causal_lm(model_args, data_args, config, load):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args, data_args: common.clm_arguments; config: what causal_config returned, with its vocabulary fitted.
+        load: what common.parallel.loader returned, or common.parallel.load_shapes.
     Returns:
-        a stock transformers model whose forward is ChunkedLossMixin's.
+        a stock transformers model whose forward is ChunkedLossMixin's; its numbers may come with prepare().
     Raises:
         UserError: weights that cannot be loaded or are not whole, a head that is more than a matrix product.
     """
     if model_args.model_name_or_path:
-        model = _load(model_args.model_name_or_path, data_args, config)
+        model = _load(load, model_args.model_name_or_path, data_args, config)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     stock = type(model)
-    if not _head_is_a_product(model):
+    if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")
     model.__class__ = type(stock.__name__, (ChunkedLossMixin, stock), {"__module__": __name__})
     model.packs_documents = data_args.packing == "documents"
@@ -151,15 +154,15 @@ def fit_vocabulary(config, tokenizer, model_args):
         setattr(config, name, getattr(tokenizer, name))
 
 
-def _load(name, data_args, config):
+def _load(load, name, data_args, config):
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load(
+            AutoModelForCausalLM,
             name,
             config=config,
             dtype=torch.float32,
             cache_dir=data_args.cache_dir,
             trust_remote_code=data_args.trust_remote_code,
-            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         fault = f"cannot be loaded ({_first_line(error)}): is every file of the weights there, and whole?"
@@ -173,14 +176,21 @@ def _load(name, data_args, config):
 
 
 @torch.no_grad()
-def _head_is_a_product(model):
-    """Whether a stock model's logits are its last hidden state times its output embedding, and nothing else."""
-    head, ids = model.get_output_embeddings(), torch.arange(PROBED_TOKENS)[None] % model.config.vocab_size
-    was_training = model.training
-    model.eval()
+def _head_is_a_product(stock, config):
+    """Whether logits are the last hidden state times the output embedding, and nothing else: tried without layers.
+
+    Args:
+        stock: class of the model; config: its configuration.
+    """
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = 0, PROBED_TOKENS
+    small.bos_token_id = small.eos_token_id = small.pad_token_id = 0
+    if getattr(small, "layer_types", None):
+        small.layer_types = []
+    with torch.random.fork_rng(devices=[]):
+        model, ids = stock(small).eval(), torch.arange(PROBED_TOKENS)[None]
     logits = model(ids, use_cache=False).logits
-    product = head(model.base_model(ids, use_cache=False).last_hidden_state)
-    model.train(was_training)
+    product = model.get_output_embeddings()(model.base_model(ids, use_cache=False).last_hidden_state)
     return torch.allclose(logits, product, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
 
 

@@ -9,6 +9,7 @@ from common.parallel.launch import (
     launcher_started,
     restarts,
 )
+from common.parallel.parts import load_shapes
 from common.parallel.processes import (
     agree_max,
     data_rank,
@@ -20,7 +21,7 @@ from common.parallel.processes import (
     start_tracker,
 )
 from common.parallel.slicing import check_slices
-from common.parallel.strategies import compiles, describe, make_accelerator, set_batch
+from common.parallel.strategies import compiles, describe, loader, make_accelerator, set_batch
 
 __all__ = [
     "agree_max",
@@ -34,6 +35,8 @@ __all__ = [
     "launched_engine",
     "launched_sharding",
     "launcher_started",
+    "load_shapes",
+    "loader",
     "main_first",
     "make_accelerator",
     "on_main",

@@ -43,6 +43,16 @@ class PlainAccelerator(Accelerator):
         """(rank, ranks) among the processes that read different rows."""
         return self.process_index, self.num_processes
 
+    def load_pretrained(self, auto_class, name, **options):
+        """As auto_class.from_pretrained with output_loading_info; prepare() may be what reads the numbers.
+
+        Args:
+            auto_class: of transformers; name: folder or hub name; options: of from_pretrained.
+        Returns:
+            (model, info).
+        """
+        return auto_class.from_pretrained(name, output_loading_info=True, **options)
+
     def describe_strategy(self):
         """What is in force, for people."""
         return "single process" if self.num_processes == 1 else "data parallel (DDP)"

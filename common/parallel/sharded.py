@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from common.errors import UserError
 from common.parallel.launch import PARALLELISM, check_optimizer
+from common.parallel.parts import fill, load_shapes
 from common.parallel.plain import PlainAccelerator
 from common.parallel.slicing import slice_layers
 from common.parallel.tensors import groups_of_one_mesh
@@ -59,6 +60,13 @@ class ShardedAccelerator(PlainAccelerator):
         slices = self._sizes.slices
         return self.process_index // slices, self.num_processes // slices
 
+    def load_pretrained(self, auto_class, name, **options):
+        """As PlainAccelerator's; each process reads its part alone, in prepare(), where the files let it."""
+        model, info = load_shapes(auto_class, name, **options)
+        if self.is_main_process and not hasattr(model, "places"):
+            print(f"note: every process reads {name} whole: its weights are no safetensors with the names of today")
+        return model, info
+
     def describe_strategy(self):
         """Slices, cut and copies, for people."""
         copies, shards, slices = self._sizes
@@ -92,9 +100,15 @@ class ShardedAccelerator(PlainAccelerator):
         layers = transformer_layers(model)
         if slices > 1:
             slice_layers(model, layers, self._mesh["slices"])
-            if copies * shards == 1:
-                model.to(self.device)
-                return
+        if copies * shards > 1:
+            self._shard(model, layers)
+        if hasattr(model, "places"):
+            fill(model, torch.device("cpu") if self._offload else self.device)
+        if copies * shards == 1:
+            model.to(self.device)
+
+    def _shard(self, model, layers):
+        copies = self._sizes.copies
         mesh = self._mesh["copies", "shards"] if copies > 1 else self._mesh["shards"]
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self._offload else OffloadPolicy()
         for layer in layers:

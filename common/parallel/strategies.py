@@ -78,6 +78,11 @@ def _accelerator_class(engine):
     return PlainAccelerator
 
 
+def loader(accelerator):
+    """How models with weights are to be loaded: as accelerator.load_pretrained of common.parallel.plain."""
+    return accelerator.load_pretrained
+
+
 def set_batch(accelerator, per_device, accumulation, max_grad_norm):
     """Make the strategy follow the command line where it would follow its YAML. Before prepare().
 

@@ -1,0 +1,106 @@
+"""Weights of which a process reads the parts that it will hold, for a model that is never whole in its own memory.
+
+The model is built without numbers, on torch's meta device; once it is cut, each tensor's file is mapped into memory
+and the part is taken out of it, in whatever precision it is there. What is mapped is the system's cache of the file,
+which all processes of a machine share. Only safetensors can be read so, under the names that the model itself uses.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+
+from common.parallel import tensors
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: a Path, and its name there."""
+
+    file: Path
+    key: str
+
+
+def load_shapes(auto_class, name, **options):
+    """As auto_class.from_pretrained with output_loading_info, but for the numbers of the parameters.
+
+    Every file is opened, and names and shapes are compared with the model's.
+
+    Args:
+        auto_class: of transformers; name: folder or hub name; options: of from_pretrained.
+    Returns:
+        (model, info): the parameters are on the meta device and `model.places` is a dict of Place by their names and
+        those of persistent buffers; or the model is whole, and has no `places`, where it cannot be read in parts.
+    Raises:
+        what from_pretrained does.
+    """
+    model, info = auto_class.from_pretrained(name, device_map="meta", output_loading_info=True, **options)
+    lost = info["missing_keys"] or info["mismatched_keys"]
+    places = {} if lost else _places(model, name, options.get("cache_dir"))
+    if not lost and places is None:
+        return auto_class.from_pretrained(name, output_loading_info=True, **options)
+    model.places = places
+    with init_empty_weights(include_buffers=False):
+        twin = type(model)(model.config)
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
+        module._buffers.update(other._buffers)
+    return model, info
+
+
+@torch.no_grad()
+def fill(model, device):
+    """Read the numbers of a model that load_shapes has returned and that was cut, or not.
+
+    Args:
+        model: parameters on the meta device, DTensors among them; device: where the parts are to be held.
+    """
+    empty = {p: torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():  # what is tied stays tied
+        module._parameters.update({name: empty[p] for name, p in module._parameters.items() if p is not None})
+    with contextlib.ExitStack() as stack:
+        files = {place.file for place in model.places.values()}
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        read = lambda name: opened[model.places[name].file].get_tensor(model.places[name].key)  # noqa: E731
+        tensors.set_whole_weights(model, read)
+        for name, buffer in model.named_buffers():
+            if name in model.places:
+                buffer.copy_(read(name))
+    del model.places
+
+
+def _places(model, name, cache_dir):
+    """The Place of each parameter and persistent buffer by its first name, or None where one has none."""
+    folder = _folder(name, cache_dir)
+    names = [file for file in (WHOLE, INDEX) if folder and (folder / file).is_file()]
+    # transformers has changed names or tensors, or would compare two that are tied
+    tied = model.all_tied_weights_keys.items()
+    apart = any(model.get_parameter(one) is not model.get_parameter(other) for one, other in tied)
+    if not names or apart or model._weight_conversions:
+        return None
+    files = {names[0]} if names[0] == WHOLE else set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    there = {}
+    for file in sorted(files):
+        with safe_open(folder / file, framework="pt") as opened:
+            there.update({key: Place(folder / file, key) for key in opened.keys()})
+    prefix = f"{model.base_model_prefix}."
+    found, first = {}, {}
+    for alias, tensor in model.state_dict(keep_vars=True).items():  # tied ones under each of their names
+        own = first.setdefault(tensor, alias)
+        key = next((key for key in (alias, prefix + alias, alias.removeprefix(prefix)) if key in there), None)
+        if key and own not in found:
+            found[own] = there[key]
+    return found if found.keys() == set(first.values()) else None
+
+
+def _folder(name, cache_dir):
+    """Where from_pretrained has found or put the files of a model."""
+    if Path(name).is_dir():
+        return Path(name)
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
+    return Path(found).parent if isinstance(found, str) else None

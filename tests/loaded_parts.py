@@ -1,0 +1,56 @@
+"""What a rank holds of a model in a folder, and what it took to load it, as one line of JSON; see test_parts.py.
+
+private: most bytes of private memory while the model was loaded, above what there was before; pages of mapped files,
+which processes share, are not private
+held: bytes of the weights on this rank; whole: of all of them
+equal: on the main process, whether the weights of all ranks together are what stock transformers loads
+"""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, OPTForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import parallel
+from common.parallel.state import bytes_per_rank, consolidated_weights
+
+
+class Watch(threading.Thread):
+    """Looks at this process's private memory all the time. Attributes: most: bytes above the first look."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.first, self.most, self.done = self.look(), 0, threading.Event()
+        self.start()
+
+    @staticmethod
+    def look():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+    def run(self):
+        while not self.done.wait(0.0005):
+            self.most = max(self.most, self.look() - self.first)
+
+
+folder, _ = sys.argv[1], OPTForCausalLM  # imported now: modules are private memory, too
+accelerator = parallel.make_accelerator("no")
+watch = Watch()
+model, _ = parallel.loader(accelerator)(AutoModelForCausalLM, folder, dtype=torch.float32)
+parallel.set_batch(accelerator, 1, 1, 1.0)
+model, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(model.parameters()))
+watch.done.set()
+watch.join()
+found = consolidated_weights(accelerator, model)
+held, _ = bytes_per_rank(accelerator, model, optimizer)
+expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+whole, said = 4 * expected.num_parameters(), {}
+if accelerator.is_main_process:
+    expected = expected.state_dict()
+    said = {"equal": found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)}
+print(json.dumps({"private": watch.most, "held": held, "whole": whole, **said}))
+parallel.shut_down(accelerator)

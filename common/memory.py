@@ -184,8 +184,10 @@ def estimate(workload, libraries=0, footprint=None):
     if on_cpu:
         # a tied embedding's own gradient, which is added to the head's, leaves a gap too
         gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0)
-        if cut.optimizer:  # so do, as measured, a model that was whole before its cut, and what comes and goes in it;
-            gaps += whole + parts["buffers"] + share(whole) * (cut.zero and cut.parameters)  # stage 3 moves its part
+        # so do, as measured, a model that was whole before its cut (one loaded in parts is not, and needs less)
+        # and what comes and goes in it; stage 3 moves its part
+        if cut.optimizer:
+            gaps += whole + parts["buffers"] + share(whole) * (cut.zero and cut.parameters)
         return MemoryEstimate(**parts, libraries=libraries, allocator=gaps, apart=0)
     early = several or workload.ranks > 1 and not cut.optimizer or workload.strategy == "zero3"
     moments = [

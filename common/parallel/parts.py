@@ -78,9 +78,9 @@ def _places(model, name, cache_dir):
     """The Place of each parameter and persistent buffer by its first name, or None where one has none."""
     folder = _folder(name, cache_dir)
     names = [file for file in (WHOLE, INDEX) if folder and (folder / file).is_file()]
-    # transformers has changed names or tensors, or would compare two that are tied
-    tied = model.all_tied_weights_keys.items()
-    apart = any(model.get_parameter(one) is not model.get_parameter(other) for one, other in tied)
+    tensors_by_name = model.state_dict(keep_vars=True)  # tied ones under each of their names
+    # where both of a tied pair have a file, transformers compares them, and where it has changed names, it knows how
+    apart = any(tensors_by_name[one] is not tensors_by_name[two] for one, two in model.all_tied_weights_keys.items())
     if not names or apart or model._weight_conversions:
         return None
     files = {names[0]} if names[0] == WHOLE else set(json.loads((folder / INDEX).read_text())["weight_map"].values())
@@ -90,7 +90,7 @@ def _places(model, name, cache_dir):
             there.update({key: Place(folder / file, key) for key in opened.keys()})
     prefix = f"{model.base_model_prefix}."
     found, first = {}, {}
-    for alias, tensor in model.state_dict(keep_vars=True).items():  # tied ones under each of their names
+    for alias, tensor in tensors_by_name.items():
         own = first.setdefault(tensor, alias)
         key = next((key for key in (alias, prefix + alias, alias.removeprefix(prefix)) if key in there), None)
         if key and own not in found:

@@ -3,6 +3,7 @@
 torch's fully_shard on the layers and on what is left; where layers are sliced, that comes first. Not accelerate's own
 FSDP: on a CPU that falls back to plain data parallelism in silence; it cuts the input embedding and the tied output
 apart; and it casts the outputs to bf16. Here a YAML means the same on CPUs and GPUs.
+Weights in files are read in parts where they can be: see parts.py.
 Sources: Zhao et al. 2023 (arXiv:2304.11277); torch.distributed.fsdp.fully_shard.
 """
 

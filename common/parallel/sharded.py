@@ -101,11 +101,12 @@ class ShardedAccelerator(PlainAccelerator):
         layers = transformer_layers(model)
         if slices > 1:
             slice_layers(model, layers, self._mesh["slices"])
-        if copies * shards > 1:
+        slices_alone = slices > 1 and copies * shards == 1
+        if not slices_alone:  # of one process, too, whose parameters may be offloaded
             self._shard(model, layers)
         if hasattr(model, "places"):
             fill(model, torch.device("cpu") if self._offload else self.device)
-        if copies * shards == 1:
+        if slices_alone:
             model.to(self.device)
 
     def _shard(self, model, layers):

@@ -106,7 +106,7 @@ class ShardedAccelerator(PlainAccelerator):
             self._shard(model, layers)
         if hasattr(model, "places"):
             fill(model, torch.device("cpu") if self._offload else self.device)
-        if slices_alone:
+        if slices_alone and self.device.type != "cpu":  # there it is already, and torch would copy it
             model.to(self.device)
 
     def _shard(self, model, layers):

@@ -40,6 +40,7 @@ from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
 from common.memory_plan import format_plan, planned
 from common.models.causal import build_causal_lm, causal_config, fit_vocabulary, row_length
+from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.optimizers import build_optimizer
 from common.report import CAUSAL, write_all_results
 from common.resume import resume_settings
@@ -70,6 +71,7 @@ def main():
     sharding = parallel.launched_sharding()
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
+    refuse_fused_loss(args.use_liger_kernel, accelerator.device.type)
     in_force = parallel.describe(accelerator)
     say("strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force))
     output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.make_run_folder()))
@@ -102,6 +104,8 @@ def main():
     compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
+    find = partial(find_fused_loss, accelerator, config.vocab_size, compiling, args.use_liger_kernel, say)
+    use_fused_loss(parallel.on_main(accelerator, find))
     optimizer = build_optimizer(model, args)
     parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
@@ -213,6 +217,7 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
 def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
     parallel.check_slices(config, launch.sizes.slices)
     workload = expected_workload(config, data_args, args)
     if args.replay_clock:

@@ -36,6 +36,7 @@ from common.fill_mask import fill_mask_examples
 from common.final_report import report
 from common.models.attention_choice import choose_attention, refuse_attention
 from common.models.layers import use_attention
+from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
 from common.parallel.state import plain_model
@@ -62,6 +63,7 @@ def main():
     accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     refuse_attention(model_args.attn_implementation, accelerator.device.type)
+    refuse_fused_loss(args.use_liger_kernel, accelerator.device.type)
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
     output_dir = Path(parallel.on_main(accelerator, lambda: args.output_dir or run_folder.make_run_folder()))
@@ -83,6 +85,8 @@ def main():
     compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
         model.compile(fullgraph=True, dynamic=False)
+    find = partial(find_fused_loss, accelerator, config.vocab_size, compiling, args.use_liger_kernel, say)
+    use_fused_loss(parallel.on_main(accelerator, find))
     optimizer = build_optimizer(model, args)
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
@@ -161,6 +165,7 @@ def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
     refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
+    refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
     cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.replay_clock:
         read_readings(args.replay_clock)

@@ -205,6 +205,9 @@ class TrainingArguments:
     torch_compile: bool | None = HfArg(
         default=None, help="Compile the model (default: on a GPU; on a CPU it takes minutes and a C++ compiler)."
     )
+    use_liger_kernel: bool | None = HfArg(
+        default=None, help="Compute the loss by Liger's kernel (default: on CUDA, where it is installed and right)."
+    )
     memory_settings: bool = HfArg(
         default=True, help="Restart once with the C library's settings for large blocks of memory (Linux)."
     )

@@ -6,8 +6,8 @@ from dataclasses import fields
 FREE_ON_RESUME = """
     output_dir overwrite_output_dir check_arguments total_training_time early_exit_time_marker max_train_steps
     num_train_epochs finetune_time_markers per_device_train_batch_size per_device_eval_batch_size
-    auto_find_batch_size throughput_steps gradient_checkpointing torch_compile memory_settings eval_steps
-    do_validation shards_per_epoch validation_epochs validation_epochs_begin validation_epochs_end
+    auto_find_batch_size throughput_steps gradient_checkpointing torch_compile use_liger_kernel memory_settings
+    eval_steps do_validation shards_per_epoch validation_epochs validation_epochs_begin validation_epochs_end
     validation_begin_proportion validation_end_proportion use_early_stopping early_stop_time early_stop_eval_loss
     resume_from_checkpoint checkpointing_steps checkpointing_minutes num_epochs_between_checkpoints
     save_total_limit replay_clock logging_steps report_to project_name job_name bf16 fp16 fp32 cache_dir

@@ -30,7 +30,40 @@ def linear_cross_entropy(hidden, weight, bias, labels, weights):
     Returns:
         scalar float32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights)
+    if _step is chunk_losses:
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights)
+    # a step that weights a gradient of low precision loses no digits by weights of 0 and 1, which a run's become
+    largest = weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return largest * _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights / largest)
+
+
+def chunk_losses(logits, labels, weights):
+    """Weighted cross-entropies of n positions, and their gradient in the place of the logits.
+
+    Args:
+        logits: [n, V], overwritten; labels: [n, 1] int64; weights: [n, 1] float32.
+    Returns:
+        (losses, gradient): [n, 1] float32; [n, V] of float32 (another step may leave it in the logits' precision).
+    """
+    logits = logits.float()
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    wanted = logits.gather(1, labels)
+    logits.exp_()
+    total = logits.sum(dim=-1, keepdim=True)
+    losses = (total.log() - wanted) * weights
+    # d loss / d logits = weight * (softmax - one-hot)
+    logits.mul_(weights / total)
+    logits.scatter_add_(1, labels, -weights)
+    return losses, logits
+
+
+_step = chunk_losses
+
+
+def use_step(step):
+    """From now on take chunks through `step`, a function as chunk_losses. Before a model is compiled."""
+    global _step
+    _step = step
 
 
 def linear_losses(hidden, weight, bias, labels):
@@ -63,17 +96,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in range(0, len(hidden), size):
             here = slice(part, part + size)
             states, targets, importance = hidden[here].to(compute), labels[here, None], weights[here, None]
-            gradient = F.linear(states, head, head_bias).float()  # [chunk, V]
-            gradient.sub_(gradient.amax(dim=-1, keepdim=True))
-            wanted = gradient.gather(1, targets)
-            gradient.exp_()
-            total = gradient.sum(dim=-1, keepdim=True)
-            loss += ((total.log() - wanted) * importance).sum()
-            # d loss / d logits = weight * (softmax - one-hot)
-            gradient.mul_(importance / total)
-            gradient.scatter_add_(1, targets, -importance)
+            losses, gradient = _step(F.linear(states, head, head_bias), targets, importance)
+            loss += losses.sum()
             if bias is not None:
-                of_bias += gradient.sum(dim=0)
+                of_bias += gradient.sum(dim=0, dtype=torch.float32)
             gradient = gradient.to(compute)
             of_hidden[here] = gradient @ head
             if compute == of_weight.dtype:

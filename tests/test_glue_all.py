@@ -360,7 +360,7 @@ def test_a_killed_sweep_under_the_real_launcher(harness, checkpoint, glue, tmp_p
     words = [sys.executable, "-m", "common.glue.sweep", "--model_name_or_path", checkpoint, "--data_dir", glue]
     words += ["--config_file", "accelerate_configs/cpu.yaml", "--mixed_precision", "no", "--tasks", "rte"]
     words += ["--output_dir", out, "--seeds", 1, "--learning_rates", "1e-3,1e20", "--logging_steps", 1]
-    words += ["--num_train_epochs", 150]
+    words += ["--num_train_epochs", 400]
     run = out / "rte" / "lr0.001-seed1"
     process = harness.start_command(*words)
     wait_for_step(process, run, 3)

@@ -17,7 +17,7 @@ def parse(text):
 
 
 def test_extremeberts_best_recipe_means_what_it_says():
-    words = EXTREMEBERT.format(tokenizer="bert-large-uncased", dataset="data", output="/tmp/training-out") + " --fp16"
+    words = EXTREMEBERT.format(tokenizer="bert-large-uncased", dataset="data", output="training-out") + " --fp16"
     model, data, training, notes = parse(words)
     assert model.model_type == "bert" and model.encoder_ln_mode == "pre-ln" and model.hidden_dropout_prob == 0.1
     assert model.shape == {

@@ -30,8 +30,9 @@ def head_loss(model, hidden, labels, weights, loss_denominator):
     """
     head = model.get_output_embeddings()
     if model.training:
-        importance = weights.flatten() / loss_denominator
-        return HeadLoss(loss=linear_cross_entropy(hidden, head.weight, head.bias, labels.flatten(), importance))
+        # divided at the end: weights of 0 and 1 round nothing, in whatever precision the gradient of the logits is
+        total = linear_cross_entropy(hidden, head.weight, head.bias, labels.flatten(), weights.flatten())
+        return HeadLoss(loss=total / loss_denominator)
     losses, correct = linear_losses(hidden, head.weight, head.bias, labels.flatten())
     losses, correct = losses.view_as(weights), correct.view_as(labels)
     return HeadLoss(loss=(losses * weights).sum() / loss_denominator, losses=losses, correct=correct)

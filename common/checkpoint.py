@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import crc32, flush
 from common.parallel import on_main, raise_together
 
@@ -65,7 +65,7 @@ def _named(final, write):
         if type(error) is RuntimeError and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
             raise
         raise UserError(
-            f"cannot write checkpoint {final}: {str(error).partition(chr(10))[0] or type(error).__name__}; earlier "
+            f"cannot write checkpoint {final}: {first_line(error)}; earlier "
             "checkpoints are intact; free space and continue with --resume_from_checkpoint latest"
         ) from error
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass, fields
 
 from transformers.hf_argparser import HfArg
 
-from common.arguments import TextArguments, TrainingArguments, check_text, check_training
 from common.errors import UserError
 from common.flags import at_least, flag_names, one_of, parse
 from common.models.presets import OPT_SIZES
 from common.parallel import launched_data_ranks
+from common.training_arguments import TextArguments, TrainingArguments, check_text, check_training
 
 FINE_TUNING_RATE = 5e-5  # Hugging Face's
 SCRATCH_RATE = 6e-4  # OPT-125m's (Zhang et al. 2022, arXiv:2205.01068, table 1)

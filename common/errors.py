@@ -64,6 +64,11 @@ def run_main(main):
     sys.exit(code or 0)
 
 
+def first_line(error):
+    """What an exception says, in one line: its message's first, or the name of its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def limit_reached(error):
     """What a system error means for the user, in one line: a full device, a full disk, a file that cannot be used.
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from common.arguments import TrainingArguments
 from common.batch_size import cut_global_batch
 from common.errors import UserError
 from common.limits import Limits, due
 from common.training import TrainState
+from common.training_arguments import TrainingArguments
 from common.utilisation import masked_flops
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearly every binary file does
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's \\ud800 without its other half, which no encoder takes
@@ -304,5 +304,5 @@ def _parquet_documents(path: Path, text_column: str, bad_records: BadRecords) ->
                         continue
                     yield from checked_text(text, text_column, where, bad_records)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: not a valid parquet file ({reason}); copy or download it again") from error

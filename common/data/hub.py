@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 SECONDS_TO_REACH = 5
 
@@ -116,7 +116,7 @@ def reading(what, remedy):
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{what}: cannot be read ({reason}); {remedy}") from error
 
 

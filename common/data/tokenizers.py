@@ -12,7 +12,7 @@ import numpy as np
 from common.data.bpe import bare_files, load_bare_files, train_byte_level_bpe
 from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
 from common.data.wordpiece import load_vocab_file, train_wordpiece
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 # What these tokens are called in the tokenizer.json files in circulation, where nothing beside the file says it.
 USUAL_NAMES = {
@@ -90,7 +90,7 @@ def _from_pretrained(name_or_path, cache_dir: str | None, trust_remote_code: boo
             str(name_or_path), cache_dir=cache_dir, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--tokenizer_name {name_or_path}: cannot be loaded ({reason}); check the name, or give a local folder, "
             "tokenizer.json or vocab.txt"

@@ -25,7 +25,7 @@ from transformers.hf_argparser import HfArg
 
 from common.data.glue import TASKS
 from common.errors import DIVERGED as DIVERGED_CODE
-from common.errors import UserError, run_main
+from common.errors import UserError, first_line, run_main
 from common.flags import at_least, one_of, parse_known, positive
 from common.glue.plan import FROM_MNLI, PROTOCOLS, is_local, plan_runs, read_seeds, read_tasks, tasks_with_data
 from common.glue.summary import (
@@ -140,7 +140,7 @@ def refuse_no_checkpoint(model_args):
     try:
         PreTrainedConfig.get_config_dict(name, cache_dir=model_args.cache_dir)
     except (OSError, ValueError) as error:
-        fault = str(error).strip().partition("\n")[0]
+        fault = first_line(error)
         raise UserError(f"checkpoint {name}: {fault}; give a folder that is there, or a hub name") from error
 
 

@@ -9,7 +9,7 @@ import time
 import torch
 from transformers import AttentionInterface
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.hardware import AUTOCAST
 from common.models.attention import MASKS, same_document_mask
 
@@ -124,7 +124,7 @@ class AttentionTrial:
                     return f"differs from plain attention by {difference:.0e} for {queries}"
             self._time(name)
         except Exception as error:  # compilers and kernels fail in as many ways as there are of them
-            return f"cannot run here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            return f"cannot run here ({type(error).__name__}: {first_line(error)})"
         return None
 
     def _normal(self, shape):

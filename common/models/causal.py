@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.data.tokenizers import vocabulary_size
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.presets import OPT_SIZES, opt_shape
@@ -74,7 +74,7 @@ def causal_config(model_args, data_args):
             config = AutoConfig.from_pretrained(name, **hub)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{flag} {name} cannot be loaded ({_first_line(error)}): give a folder or a name"
+                f"{flag} {name} cannot be loaded ({first_line(error)}): give a folder or a name"
             ) from error
     else:
         try:
@@ -86,7 +86,7 @@ def causal_config(model_args, data_args):
         try:
             config.update_from_string(model_args.config_overrides)
         except (ValueError, TypeError) as error:
-            fault = f"{_first_line(error)}: give name=value,name=value with names of {type(config).__name__}"
+            fault = f"{first_line(error)}: give name=value,name=value with names of {type(config).__name__}"
             raise UserError(f"--config_overrides {model_args.config_overrides}: {fault}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not data_args.trust_remote_code:
         raise UserError(f"a {config.model_type} is no causal language model: give one of those, as opt, gpt2 or llama")
@@ -165,7 +165,7 @@ def _load(load, name, data_args, config):
             trust_remote_code=data_args.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        fault = f"cannot be loaded ({_first_line(error)}): is every file of the weights there, and whole?"
+        fault = f"cannot be loaded ({first_line(error)}): is every file of the weights there, and whole?"
         raise UserError(f"--model_name_or_path {name} {fault}") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
@@ -192,7 +192,3 @@ def _head_is_a_product(stock, config):
     logits = model(ids, use_cache=False).logits
     product = model.get_output_embeddings()(model.base_model(ids, use_cache=False).last_hidden_state)
     return torch.allclose(logits, product, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
-
-
-def _first_line(error):
-    return str(error).strip().partition("\n")[0]

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
 from common.models.layers import make_fast, use_attention
 
@@ -113,7 +113,7 @@ def build_classifier(args, task, trained_head=False):
             )
             missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        fault = str(error).strip().partition("\n")[0]
+        fault = first_line(error)
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     prefix = f"{model.base_model_prefix}."
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.hardware import AUTOCAST
 from common.models.cross_entropy import chunk_losses, use_step
 
@@ -138,5 +138,5 @@ def _fault(step, vocab_size, device, dtype):
         if not all(difference <= bound for difference in apart):  # or it is no number
             return "differs from ours by {:.0e} in the losses, {:.0e} in the gradient".format(*apart)
     except Exception as error:  # compilers and kernels fail in as many ways as there are of them
-        return f"cannot run here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        return f"cannot run here ({type(error).__name__}: {first_line(error)})"
     return None

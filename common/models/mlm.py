@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
 
 from common.data.tokenizers import vocabulary_size
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.layers import make_fast, use_attention
@@ -133,7 +133,7 @@ def _load(model_args):
             model_args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        fault = str(error).strip().partition("\n")[0]
+        fault = first_line(error)
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     if info["missing_keys"]:
         raise UserError(f"{where} lacks {sorted(info['missing_keys'])[0]}: is it a masked-language model?")

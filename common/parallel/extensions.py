@@ -10,7 +10,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 
-from common.errors import UserError, run_main
+from common.errors import UserError, first_line, run_main
 
 BUILDERS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder"}  # by their folders' names
 BATON = "lock"  # torch's file in the folder of a build; a build that was killed leaves it, and later ones wait forever
@@ -40,7 +40,7 @@ def build_extension(name):
             get_accelerator().create_op_builder(BUILDERS[name]).load()
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             (folder / BATON).unlink(missing_ok=True)
-            fault = str(error).strip().partition("\n")[0]
+            fault = first_line(error)
             raise UserError(
                 f"DeepSpeed's {name} cannot be built in {folder}: {fault}; is the compiler whole?"
             ) from error

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 CONNECT_SECONDS = 60
 HANDSHAKE_SECONDS = 5
@@ -58,7 +58,7 @@ def end_after_loss(error):
     if lost is None and type(error) is dist.DistBackendError:
         return
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    _end(rank, world, lost, "" if lost is not None else f" ({str(error).strip().partition(chr(10))[0]})")
+    _end(rank, world, lost, "" if lost is not None else f" ({first_line(error)})")
 
 
 class Watch:

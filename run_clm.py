@@ -88,12 +88,10 @@ def main():
     shape = (config, data_args, args, per_device, accumulation)
     workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type, sharding)
     footprint = parallel.on_main(accelerator, workload.footprint)
-    expected = parallel.on_main(accelerator, lambda: estimate(workload, resident_bytes(), footprint))
+    expected = parallel.on_main(accelerator, lambda: estimate(workload, resident_bytes()))
     say(format_estimate(expected, args.mem_cap))
     if not footprint.traced:
         say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
-    if ranks < in_force["world_size"]:
-        say("note: the estimate counts layers that are in slices as if they were whole")
     refuse_above_cap(workload, expected, args.mem_cap)
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)

@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.memory import GB, estimate
 from common.models.presets import MODEL_SIZES, OPT_SIZES, model_shape, opt_shape
 from common.parallel.configs import single_machine_configs
+from common.parallel.slicing import slicing_fault
 from common.utilisation import peak_resident_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
@@ -34,10 +35,9 @@ def refuse_above_cap(workload, expected, cap_gb, configs=CONFIGS):
     """
     if not cap_gb or expected.total <= cap_gb * GB:
         return
-    footprint, least = workload.footprint(), expected.total
-    remedy = "raise it"
+    least, remedy = expected.total, "raise it"
     for changed, flags in _remedies(workload, Path(configs)):
-        total = estimate(changed, expected.libraries, footprint if changed.config is workload.config else None).total
+        total = estimate(changed, expected.libraries).total
         if total <= cap_gb * GB:
             remedy = f"{flags} would fit ({total / GB:.2f} GB)"
             break
@@ -62,13 +62,16 @@ def _remedies(workload, configs):
             yield replace(checkpointed, rows=rows), f"--per_device_train_batch_size {rows}{flag}"
     least, flags = replace(checkpointed, rows=1), f" --per_device_train_batch_size 1{flag}"
     for path, strategy in single_machine_configs(configs):
-        if strategy["strategy"] == "ddp":
+        whole = strategy["strategy"] == "ddp" and strategy["slices"] == 1
+        if whole or slicing_fault(workload.config, strategy["slices"]):
             continue
         launch = f"accelerate launch --config_file {path}"
         yield replace(workload, **strategy), launch
         yield replace(least, **strategy), f"{launch} with{flags}"
     for base, more in ((workload, ""), (least, flags)):
         for size, config in _smaller_models(workload.config):
+            if slicing_fault(config, base.slices):
+                continue
             yield replace(base, config=config), f"--model_size {size}{more}"
 
 

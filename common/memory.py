@@ -47,7 +47,8 @@ class Workload:
 
     config: transformers configuration. rows: in a micro-batch; seq_length: tokens in a row. precision: "fp32", "bf16"
     or "fp16". optimizer_type: as --optimizer_type; momentum: whether an SGD has one. strategy: a name in STRATEGIES;
-    ranks: processes; replicas: groups of them that repeat each other (HSDP); offload: the optimizer in the host's
+    slices: processes that share each layer's matrices and the rows (tensor parallelism); ranks: processes that read
+    different rows; replicas: groups of them that repeat each other (HSDP); offload: the optimizer in the host's
     memory; offload_parameters: the parameters too. accumulation: micro-batches in a step. head: "causal", or "masked"
     with `targets` predicted positions in a row. packed: a mask keeps the documents of a row apart. attention: path in
     transformers' interface. device: "cpu" or "cuda".
@@ -60,6 +61,7 @@ class Workload:
     optimizer_type: str = "adamw"
     momentum: bool = False
     strategy: str = "ddp"
+    slices: int = 1
     ranks: int = 1
     replicas: int = 1
     offload: bool = False
@@ -72,10 +74,19 @@ class Workload:
     attention: str = "sdpa"
     device: str = "cpu"
 
+    @property
+    def processes(self):
+        """All of them."""
+        return self.slices * self.ranks
+
     def footprint(self):
-        """Returns: common.models.footprint.Footprint, the same whatever the rows, the strategy and the optimizer."""
+        """Returns: common.models.footprint.Footprint, the same whatever the rows and the optimizer; None of it is cut.
+
+        Raises:
+            UserError: a model that cannot be sliced so.
+        """
         shape = (self.config, self.seq_length, self.precision, self.head, self.targets, self.packed, self.attention)
-        return footprint(*shape)
+        return footprint(*shape, slices=self.slices)
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ NAMES = {
 }
 
 
-def estimate(workload, libraries=0, footprint=None):
+def estimate(workload, libraries=0):
     """The peak of a training step after the first, when the optimizer's state is there.
 
     On a GPU it is the largest of four moments: the loss and the beginning of the backward pass, with all activations;
@@ -132,11 +143,12 @@ def estimate(workload, libraries=0, footprint=None):
         workload: Workload.
         libraries: bytes that the process holds before it has a model, by common.utilisation.resident_bytes(); they
             count on a CPU alone.
-        footprint: what workload.footprint() gave before, to save the time.
     Returns:
         MemoryEstimate.
+    Raises:
+        UserError: a model that cannot be sliced so.
     """
-    model = footprint or workload.footprint()
+    model = workload.footprint()
     cut, mixed, whole = STRATEGIES[workload.strategy], workload.precision != "fp32", 4 * model.parameters
     on_cpu, several = workload.device == "cpu", workload.accumulation > 1
 
@@ -145,7 +157,7 @@ def estimate(workload, libraries=0, footprint=None):
 
     # ---- What stays from step to step ---------------------------------------------------------------
     parameters, gradients = share(whole, cut.parameters), share(whole, cut.optimizer)
-    if several and workload.strategy in ("zero1", "fsdp"):  # whole until the last micro-batch
+    if several and (workload.strategy == "zero1" or _gathers(workload)):  # whole until the last micro-batch
         gradients += whole
     engine_copies = cut.master_weights + (2 - cut.master_weights) * (cut.zero and workload.offload)
     optimizer = share(4 * _moments(workload, model) + engine_copies * whole, cut.optimizer)
@@ -200,6 +212,11 @@ def estimate(workload, libraries=0, footprint=None):
     return MemoryEstimate(**parts, libraries=0, allocator=0, apart=max(moments) - transient, host=host)
 
 
+def _gathers(workload):
+    """Whether fully_shard has the model: it also keeps equal what copies of sliced layers there are."""
+    return workload.strategy == "fsdp" or (workload.slices > 1 and workload.ranks > 1)
+
+
 def _buffers(workload, model, mixed):
     """What a strategy needs for a while: tensors made whole for their turn, and what it sends.
 
@@ -207,7 +224,7 @@ def _buffers(workload, model, mixed):
         bytes at the loss, at the end of the backward pass, at the update.
     """
     cut, layer, whole = STRATEGIES[workload.strategy], 4 * model.largest_layer, 4 * model.parameters
-    if workload.strategy == "fsdp":
+    if _gathers(workload):
         # whole from the first layer to the end of the backward pass: all but the layers; its gradient, and that laid
         # out to be sent. Of two layers: the weights; of one: where they were gathered, gradients, those to be sent.
         rest = whole - model.layers * layer

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.memory import GB, STRATEGIES, MemoryEstimate, Workload, estimate
-from common.models.footprint import feed_forward_size
+from common.models.presets import feed_forward_size
 from common.parallel.configs import single_machine_configs
+from common.parallel.slicing import slicing_fault
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 CARD_GB = 80
@@ -23,28 +24,37 @@ class Planned(NamedTuple):
     parts: MemoryEstimate
 
 
-def planned(workload, every=False, footprint=None):
-    """The workload on GPUs under each YAML, those first that cut and move the least.
+def planned(workload, every=False):
+    """The workload on GPUs under each YAML that its model allows, those first that cut and move the least.
 
     Args:
         workload: common.memory.Workload, whatever it says of strategy and device.
         every: leave none out; without it those of one process come where there is one, those of several elsewhere,
-            HSDP where the processes can be grouped, and offloading everywhere.
-        footprint: what workload.footprint() gave before, to save the time.
+            HSDP and slices where the processes can be grouped, and offloading everywhere.
     Returns:
         list of Planned.
     """
-    model, rows = footprint or workload.footprint(), []
+    processes, rows = workload.processes, []
     for path, sharding in single_machine_configs(CONFIGS):
-        alone = sharding.pop("ranks") == 1
-        if every or sharding["offload"] or _suits(alone, sharding["replicas"], workload.ranks):
-            under = replace(workload, **sharding, device="cuda")
-            rows.append(Planned(path, under, estimate(under, footprint=model)))
-    return sorted(rows, key=lambda row: (row.workload.offload, list(STRATEGIES).index(row.workload.strategy)))
+        if slicing_fault(workload.config, sharding["slices"]):
+            continue
+        if every or sharding["offload"] or _suits(sharding, processes):
+            ranks = max(1, processes // sharding["slices"])
+            under = replace(workload, **sharding | {"ranks": ranks}, device="cuda")
+            rows.append(Planned(path, under, estimate(under)))
+    strategies = list(STRATEGIES)
+    return sorted(
+        rows, key=lambda row: (row.workload.offload, row.workload.slices, strategies.index(row.workload.strategy))
+    )
 
 
-def _suits(alone, replicas, ranks):
-    return alone == (ranks == 1) and ranks % replicas == 0 and (replicas == 1 or ranks > replicas)
+def _suits(sharding, processes):
+    slices, groups = sharding["slices"], sharding["replicas"]
+    least = 1 if sharding["strategy"] == "ddp" and slices > 1 else 2  # of processes that share a slice
+    ranks, rest = divmod(processes, slices)
+    if slices == 1 and sharding["ranks"] == 1:
+        return processes == 1
+    return not rest and ranks >= least and ranks % groups == 0 and (groups == 1 or ranks > groups)
 
 
 def format_plan(rows, name, card_gb=CARD_GB):
@@ -57,12 +67,12 @@ def format_plan(rows, name, card_gb=CARD_GB):
         str of several lines.
     """
     workload = rows[0].workload
-    config, model = workload.config, workload.footprint()
+    config, model = workload.config, replace(workload, slices=1).footprint()
     table = [["config", *COLUMNS, "fits", "cards"]]
     for row in rows:
         figures = [f"{getattr(row.parts, column) / GB:,.2f}" for column in COLUMNS]
         fits = "yes" if row.parts.total <= card_gb * GB else "no"
-        table.append([row.config.stem, *figures, fits, cards(row.workload, model, card_gb) or "never"])
+        table.append([row.config.stem, *figures, fits, cards(row.workload, card_gb) or "never"])
     checkpointing = ", gradient checkpointing" if workload.gradient_checkpointing else ""
     return "\n".join(
         [
@@ -71,11 +81,11 @@ def format_plan(rows, name, card_gb=CARD_GB):
             f"vocabulary {config.vocab_size}, {getattr(config, 'max_position_embeddings', 'any number of')} positions",
             f"parameters: {model.parameters:,}",
             f"weights: {4 * model.parameters / GB:,.2f} GB in fp32, {2 * model.parameters / GB:,.2f} GB in bf16",
-            f"memory of each of {workload.ranks} GPU(s) in GB, {workload.precision}, {workload.optimizer_type}, "
+            f"memory of each of {workload.processes} GPU(s) in GB, {workload.precision}, {workload.optimizer_type}, "
             f"{workload.rows} rows of {workload.seq_length} tokens{checkpointing}",
             "(buffers: tensors made whole for their turn, and what is sent; apart: parts that are not there at the",
             f"same time; host: each process's share in the host's memory; fits: a card of {card_gb:g} GB; cards: the",
-            "least number of them, a power of two)",
+            "least number of them, a power of two; processes that share a layer's slices share the rows, too)",
             *_aligned(table),
         ]
     )
@@ -90,11 +100,11 @@ def _aligned(table):
     ]
 
 
-def cards(workload, footprint, card_gb=CARD_GB):
-    """The smallest power of two of devices that hold a workload, or None where no number does."""
+def cards(workload, card_gb=CARD_GB):
+    """The smallest number of devices, a power of two for each slice, that hold a workload; None where none does."""
     ranks = workload.replicas
     while ranks <= MOST_CARDS:
-        if estimate(replace(workload, ranks=ranks), footprint=footprint).total <= card_gb * GB:
-            return ranks
+        if estimate(replace(workload, ranks=ranks)).total <= card_gb * GB:
+            return ranks * workload.slices
         ranks *= 2
     return None

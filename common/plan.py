@@ -72,9 +72,9 @@ def recommend(workload, memory, command):
     """
     checkpointed = replace(workload, gradient_checkpointing=True)
     smaller = [replace(checkpointed, rows=workload.rows >> n) for n in range(1, workload.rows.bit_length())]
-    said, footprint = "the first that fits", workload.footprint()
+    said = "the first that fits"
     for less in (workload, checkpointed, *smaller):
-        rows = planned(less, footprint=footprint)
+        rows = planned(less)
         for row in rows:
             if row.parts.total <= memory * GB:
                 return f"{said}:\n  {launch_line(row, command)}"
@@ -88,9 +88,9 @@ def recommend(workload, memory, command):
 
 def launch_line(row, command):
     """The command line of a Planned. Args: command: script and flags, as describe() gave them."""
-    workload = row.workload
-    launcher = f"accelerate launch --config_file accelerate_configs/{row.config.name} --num_processes {workload.ranks}"
-    if workload.replicas > 1:
+    workload, launcher = row.workload, f"accelerate launch --config_file accelerate_configs/{row.config.name}"
+    launcher += f" --num_processes {workload.processes}"
+    if workload.strategy == "fsdp" and (workload.replicas > 1 or workload.slices > 1):
         launcher += f" --parallelism_config_dp_shard_size {workload.ranks // workload.replicas}"
     batch = f"--per_device_train_batch_size {workload.rows} --train_batch_size {workload.rows * workload.ranks}"
     return f"{launcher} {command} {batch}" + " --gradient_checkpointing" * workload.gradient_checkpointing

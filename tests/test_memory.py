@@ -176,8 +176,7 @@ def test_gradient_checkpointing_keeps_the_input_of_each_layer():
 
 
 def test_optimizers():
-    model = LARGE.footprint()
-    state = {name: estimate(replace(LARGE, optimizer_type=name), footprint=model) for name in ("sgd", "muon", "adamw")}
+    state = {name: estimate(replace(LARGE, optimizer_type=name)) for name in ("sgd", "muon", "adamw")}
     matrices = 24 * 12 * 2048 * 2048
     assert state["sgd"].optimizer == 0
     assert state["muon"].optimizer == state["adamw"].optimizer - 4 * matrices
@@ -290,11 +289,10 @@ def test_the_plan_of_175b_allocates_nothing():
 
 def test_the_number_of_cards_is_the_smallest_that_fits():
     workload = Workload(opt("13b"), 1, 2048, strategy="fsdp", device="cuda", gradient_checkpointing=True)
-    model = workload.footprint()
-    number = cards(workload, model)
+    number = cards(workload)
     assert number > 1
-    assert estimate(replace(workload, ranks=number), footprint=model).total <= 80 * GB
-    assert estimate(replace(workload, ranks=number // 2), footprint=model).total > 80 * GB
+    assert estimate(replace(workload, ranks=number)).total <= 80 * GB
+    assert estimate(replace(workload, ranks=number // 2)).total > 80 * GB
 
 
 # ---- The estimate against processes that train -------------------------------------------------------

@@ -44,7 +44,7 @@ def assert_predicted(out, name):
 CASES = [  # as a user starts them: a fork of the tests' server lacks the C library's settings, under which gaps stay
     pytest.param(name, model, marks=() if (name, model) == ("fsdp", SHAPE) else pytest.mark.exhaustive)
     for model in (SHAPE, OPT_125M)
-    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
+    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tensor_parallel", "tensor_parallel_fsdp")
 ]
 
 
@@ -65,7 +65,7 @@ LAYER = 12 * 2048 * 2048 + 13 * 2048
 
 def parts(name, **changes):
     sharding = {path.stem: dict(found) for path, found in single_machine_configs(CONFIGS)}[name]
-    return estimate(replace(LARGE, **sharding | {"ranks": 4} | changes))
+    return estimate(replace(LARGE, **sharding | {"ranks": 4 // sharding["slices"]} | changes))
 
 
 def gathered_under_fsdp():
@@ -75,6 +75,7 @@ def gathered_under_fsdp():
 
 def test_what_each_strategy_holds():
     whole, quarter = 4 * NUMBERS, NUMBERS
+    sliced = whole - 24 * 4 * (6 * 2048 * 2048 + 7 * 2048 // 2)  # of each layer all but norms and two biases in halves
     expected = {  # parameters, gradients, optimizer, the host's
         "ddp": (whole, whole, 2 * whole, 0),
         "zero1": (whole, quarter, 3 * quarter, 0),  # its share of the weights, once more
@@ -85,6 +86,8 @@ def test_what_each_strategy_holds():
         "zero2_offload": (whole, 0, 0, 5 * quarter),  # weights, gradients, two averages, and what is sent back
         "zero3_offload": (0, 0, 0, 6 * quarter),
         "fsdp_offload": (0, 0, 0, 4 * quarter),
+        "tensor_parallel": (sliced, sliced, 2 * sliced, 0),
+        "tensor_parallel_fsdp": (sliced // 2, sliced // 2, sliced, 0),
     }
     for name, sizes in expected.items():
         found = parts(name)
@@ -99,6 +102,16 @@ def test_what_is_there_for_a_while():
     assert parts("fsdp").buffers == gathered_under_fsdp() == parts("hsdp").buffers
     assert parts("zero3").buffers == bucket + 4 * (5 * 10**8 + 5 * 10**7 + LAYER)
     assert parts("fsdp", accumulation=2).gradients == parts("fsdp").gradients + 4 * NUMBERS
+
+
+def test_slices_keep_what_the_blocks_have_inside_in_parts():
+    """Of a layer of OPT: inputs of query, key and value and of fc1 stay whole; what these products give is cut."""
+    whole, sliced = (replace(LARGE, slices=slices).footprint() for slices in (1, 2))
+    width = 4 * 512 * 2048  # bytes of a row's hidden states
+    inside = (3 + 1 + 4) * width  # query, key, value; attention's output; the feed-forward block's
+    assert 0.9 * inside / 2 < whole.kept[1] - sliced.kept[1] < 1.1 * inside / 2
+    assert whole.kept[0] == sliced.kept[0] and whole.output == sliced.output
+    assert estimate(replace(LARGE, ranks=1, slices=2)).buffers == 0 < parts("tensor_parallel").buffers
 
 
 def test_deepspeed_begins_with_the_whole_model_on_the_device():
@@ -122,8 +135,12 @@ def test_the_launcher_says_what_its_yaml_says(harness, monkeypatch):
     for path, sharding in single_machine_configs(CONFIGS):
         launcher = REPOSITORY / "tests" / "harness_launch.py"
         ran = harness.run(launcher, "--config_file", path, "run_clm.py").check()
+        planned = json.loads(ran.stdout.splitlines()[-1])
+        workers = planned["torchrun"] or {"local_world_size": 1, "role": "default"}
+        of_workers = {"WORLD_SIZE": str(workers["local_world_size"]), "ROLE_NAME": workers["role"]}
+        assert workers["local_world_size"] == sharding["ranks"] * sharding["slices"]
         with monkeypatch.context() as patch:
-            for name, value in json.loads(ran.stdout.splitlines()[-1])["env"].items():
+            for name, value in (planned["env"] | of_workers).items():
                 patch.setenv(name, value)
             assert launched_sharding() == {key: value for key, value in sharding.items() if key != "ranks"}, path
 
@@ -142,11 +159,12 @@ def plan(capsys, *words):
 
 
 def test_a_row_for_each_yaml_that_makes_sense(capsys):
-    several = ["ddp", "zero1", "zero2", "fsdp", "zero3"]
+    several, slices = ["ddp", "zero1", "zero2", "fsdp", "zero3"], ["tensor_parallel", "tensor_parallel_fsdp"]
     offloaded = ["zero2_offload", "fsdp_offload", "zero3_offload"]
     assert list(plan(capsys, "125m", 1, 80)[0]) == ["single_gpu", *offloaded]
-    assert list(plan(capsys, "125m", 2, 80)[0]) == [*several, *offloaded]
-    assert list(plan(capsys, "125m", 4, 80)[0]) == [*several[:4], "hsdp", "zero3", *offloaded]
+    assert list(plan(capsys, "125m", 2, 80)[0]) == [*several, slices[0], *offloaded]
+    assert list(plan(capsys, "125m", 3, 80)[0]) == [*several, *offloaded]
+    assert list(plan(capsys, "125m", 4, 80)[0]) == [*several[:4], "hsdp", "zero3", *slices, *offloaded]
 
 
 def test_the_first_that_fits_is_the_command(capsys):

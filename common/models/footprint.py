@@ -18,12 +18,16 @@ from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
 from common.models.layers import make_fast, use_attention
 from common.models.mlm import FAMILIES
+from common.models.presets import feed_forward_size
 from common.optimizers import hidden_matrices
+from common.parallel.slicing import narrow_layers, transformer_layers
+
+_known = {}  # Footprint by what it was measured for: tracing takes a second
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Sizes of a model and of what it keeps; pairs are (outside the layers, in each layer).
+    """Sizes of a model, or of one process's part of it, and of what it keeps; pairs are (outside the layers, in each).
 
     layers: their number. parameters: numbers, tied ones once. largest_layer: numbers in it. output: numbers in the
     matrix of the head, [V, E]. tied: whether that is the embedding's too. matrices: numbers in the hidden matrices;
@@ -46,7 +50,9 @@ class Footprint:
     traced: bool
 
 
-def footprint(config, seq_length, precision="fp32", head="causal", targets=None, packed=False, attention="sdpa"):
+def footprint(
+    config, seq_length, precision="fp32", head="causal", targets=None, packed=False, attention="sdpa", slices=1
+):
     """Measure a model that does not exist.
 
     Args:
@@ -54,10 +60,23 @@ def footprint(config, seq_length, precision="fp32", head="causal", targets=None,
         seq_length: S. precision: "fp32", or autocast's "bf16" or "fp16"; "fp8" counts as bf16.
         head: "causal", or "masked" (with k = `targets`), where the head's transformation counts but not its logits.
         packed: whether a mask keeps the documents of a row apart. attention: path in transformers' interface.
+        slices: processes that share each layer's matrices, of which this is one.
     Returns:
         Footprint.
+    Raises:
+        UserError: a model that cannot be sliced so.
     """
     shape = {"precision": precision, "head": head, "targets": targets, "packed": packed, "attention": attention}
+    shape["slices"] = slices
+    key = (type(config), config.to_json_string(), seq_length, *shape.values())
+    if key not in _known:
+        _known[key] = _measure(config, seq_length, shape)
+    return _known[key]
+
+
+def _measure(config, seq_length, shape):
+    head, targets = shape["head"], shape["targets"]
+    count = _count(config, head, shape["slices"])
     try:
         one, two = (_trace(config, layers, seq_length, **shape) for layers in (1, 2))
         # (outside, in each layer) from one layer and from two
@@ -68,8 +87,8 @@ def footprint(config, seq_length, precision="fp32", head="causal", targets=None,
             traced["kept"] = traced["kept"][0] - 4 * targets * width, traced["kept"][1]
             traced["copies"] = traced["copies"][0] - 4 * (width + 1) * vocabulary, traced["copies"][1]
     except Exception:  # a forward pass that depends on the numbers fails in as many ways as there are architectures
-        traced = _general_figure(config, seq_length, precision)
-    return Footprint(**_count(config, head), layer_input=4 * seq_length * config.hidden_size, **traced)
+        traced = _general_figure(config, seq_length, shape["precision"])
+    return Footprint(**count, layer_input=4 * seq_length * config.hidden_size, **traced)
 
 
 def parameter_count(config, head="causal"):
@@ -81,15 +100,9 @@ def parameter_count(config, head="causal"):
     return _count(config, head)["parameters"]
 
 
-def feed_forward_size(config):
-    """The width inside a feed-forward block, under whichever name the family has for it."""
-    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-    return next(filter(None, named), 4 * config.hidden_size)
-
-
-def _count(config, head):
+def _count(config, head, slices=1):
     with torch.device("meta"):
-        model = _build(config, head)
+        model = _build(config, head, slices)
     matrices = Counter()
     for matrix in hidden_matrices(model):
         matrices[matrix.shape] += matrix.numel()
@@ -110,10 +123,14 @@ def _numbers(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _build(config, head):
+def _build(config, head, slices):
     if head == "masked":
-        return FAMILIES[config.model_type][1](config)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = FAMILIES[config.model_type][1](config)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if slices > 1:
+        narrow_layers(model, transformer_layers(model), slices)
+    return model
 
 
 def _trace(config, layers, seq_length, **shape):
@@ -129,7 +146,7 @@ def _trace(config, layers, seq_length, **shape):
     return {"kept": sum(growth), "widest": max(growth), "copies": fixed}
 
 
-def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, attention):
+def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, attention, slices):
     """Bytes of every storage that a forward pass in training leaves behind, parameters apart, in their order."""
     kept = {}
 
@@ -139,7 +156,7 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
 
     autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with FakeTensorMode(), torch.device("cpu"):
-        model = _build(config, head).train()
+        model = _build(config, head, slices).train()
         ids = torch.zeros(rows, seq_length, dtype=torch.int64)
         if head == "masked":
             make_fast(model)

@@ -52,6 +52,12 @@ def model_shape(size, num_hidden_layers=None, hidden_size=None, num_attention_he
     }
 
 
+def feed_forward_size(config):
+    """The width inside a feed-forward block of a transformers configuration, under whichever name its family has."""
+    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next(filter(None, named), 4 * config.hidden_size)
+
+
 def opt_shape(size):
     """The shape of a published OPT model.
 

@@ -4,7 +4,7 @@ import os
 
 import yaml
 
-from common.parallel.launch import launched_engine
+from common.parallel.launch import launched_engine, launched_sizes, parse_role
 
 CPU = "cpu"
 # What accelerate's launcher makes of a YAML's keys
@@ -21,9 +21,10 @@ def launched_sharding():
     """What the launcher's environment says of the YAML in force; before make_accelerator, which changes it.
 
     Returns:
-        dict with strategy, replicas, offload and offload_parameters, as common.memory.Workload takes them.
+        dict with strategy, slices, replicas, offload and offload_parameters, as common.memory.Workload takes them.
     """
-    return _sharding(launched_engine(), {key: os.environ.get(name) or None for key, name in VARIABLES.items()})
+    options = {key: os.environ.get(name) or None for key, name in VARIABLES.items()}
+    return _sharding(launched_engine(), options) | {"slices": launched_sizes().slices}
 
 
 def single_machine_configs(folder):
@@ -32,21 +33,23 @@ def single_machine_configs(folder):
     Args:
         folder: Path with accelerate configurations.
     Returns:
-        list of (Path, dict as launched_sharding with `ranks`): without those whose strategy is not one of accelerate's
-        own, which a `role` or slices show, and those in fp8.
+        list of (Path, dict as launched_sharding with `ranks`, processes that read different rows): without those whose
+        `role` asks for anything but slices, and those in fp8.
     """
     found = []
     for path in sorted(folder.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
-        roles = [section for section in config.values() if isinstance(section, dict) and "role" in section]
-        if roles or config.get("num_machines", 1) > 1 or config.get("mixed_precision") == "fp8":
+        roles = [section["role"] for section in config.values() if isinstance(section, dict) and "role" in section]
+        role, given = parse_role(roles[0]) if roles else ("default", {})
+        of_gpus = role in ("default", "tensor_parallel")
+        if not of_gpus or config.get("num_machines", 1) > 1 or config.get("mixed_precision") == "fp8":
             continue
         kind = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(config.get("distributed_type"), "plain")
         sections = ("deepspeed_config", "fsdp_config", "parallelism_config")
         options = {key: value for name in sections for key, value in (config.get(name) or {}).items()}
-        if int(options.get("parallelism_config_tp_size") or 1) > 1:  # has no estimate
-            continue
-        found.append((path, _sharding(kind, options) | {"ranks": config.get("num_processes", 1)}))
+        slices = given.get("size") or int(options.get("parallelism_config_tp_size") or 1)
+        ranks = config.get("num_processes", 1) // slices
+        found.append((path, _sharding(kind, options) | {"slices": slices, "ranks": ranks}))
     return found
 
 

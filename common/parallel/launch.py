@@ -150,9 +150,14 @@ def launcher_started():
     return psutil.Process(os.getppid()).create_time()
 
 
-def _role():
-    """(first word of the YAML's role, dict of its options)."""
-    text = os.environ.get("ROLE_NAME") or "default"
+def parse_role(text):
+    """What a YAML's role says: (its first word, dict of its options).
+
+    Args:
+        text: "name option=number ...", with a name and options of ROLES.
+    Raises:
+        UserError: it is none of them.
+    """
     name, *options = text.split()
     if name not in ROLES:
         raise UserError(f"the YAML's role '{text}' is unknown: known roles are {', '.join(ROLES)}")
@@ -161,6 +166,10 @@ def _role():
         wanted = " ".join([name, *(f"{option}=N" for option in ROLES[name])])
         raise UserError(f"the YAML's role '{text}' is not understood: it is written '{wanted}', N from 1 on")
     return name, {key: int(value) for key, value in pairs}
+
+
+def _role():
+    return parse_role(os.environ.get("ROLE_NAME") or "default")
 
 
 def _parallelism():

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.parallel.launch import PARALLELISM, check_optimizer
 from common.parallel.parts import fill, load_shapes
 from common.parallel.plain import PlainAccelerator
-from common.parallel.slicing import slice_layers
+from common.parallel.slicing import slice_layers, transformer_layers
 from common.parallel.tensors import groups_of_one_mesh
 
 # What a YAML may say beside what is read below: by variable, the values that change nothing here.
@@ -128,14 +128,6 @@ class ShardedAccelerator(PlainAccelerator):
             yield
         finally:
             model.set_requires_gradient_sync(True)
-
-
-def transformer_layers(model):
-    """The layers of a transformers model: its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of layers to cut: choose accelerate_configs/ddp.yaml")
-    return max(lists, key=len)
 
 
 def _fsdp_options():

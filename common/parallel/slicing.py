@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from common.errors import UserError
-from common.models.footprint import feed_forward_size
+from common.models.presets import feed_forward_size
 from common.parallel.processes import derive_seed
 
 STYLES = {"col": ColwiseParallel, "row": RowwiseParallel}  # by outputs, by inputs
@@ -81,12 +81,40 @@ def slice_layers(model, layers, mesh):
     for number, layer in enumerate(layers):
         styles = {name: STYLES[style]() for name, style in plan.matrices.items()}
         parallelize_module(layer, mesh, styles, src_data_rank=None)
-        for path in plan.head_counts:
-            where, _, name = path.rpartition(".")
-            module = layer.get_submodule(where)
-            setattr(module, name, getattr(module, name) // mesh.size())
+        _divide_heads(layer, plan, mesh.size())
         first, last = (layer.get_submodule(name) for name in plan.attention)
         _draw_apart(first, last, number, mesh.get_local_rank())
+
+
+def narrow_layers(model, layers, slices):
+    """Give a model without numbers the shapes of one process's slices.
+
+    Args:
+        model, layers: as slice_layers, of tensors without numbers; slices: of each layer.
+    Raises:
+        UserError: as slice_layers.
+    """
+    check_slices(model.config, slices)
+    plan = PLANS[model.config.model_type]
+    for layer in layers:
+        for name, style in plan.matrices.items():
+            whole = layer.get_submodule(name)
+            outputs, inputs = whole.out_features, whole.in_features
+            shape = (inputs, outputs // slices) if style == "col" else (inputs // slices, outputs)
+            layer.set_submodule(name, torch.nn.Linear(*shape, bias=whole.bias is not None))
+        _divide_heads(layer, plan, slices)
+
+
+def transformer_layers(model):
+    """The layers of a transformers model: its longest list of modules.
+
+    Raises:
+        UserError: it has none.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no list of layers to cut: choose accelerate_configs/ddp.yaml")
+    return max(lists, key=len)
 
 
 def check_slices(config, slices):
@@ -97,10 +125,16 @@ def check_slices(config, slices):
     Raises:
         UserError: a family without a plan, or a shape that cannot be cut.
     """
+    if fault := slicing_fault(config, slices):
+        raise UserError(fault)
+
+
+def slicing_fault(config, slices):
+    """Why a model cannot be sliced, in one line, or None. Args: as check_slices."""
     if slices == 1:
-        return
+        return None
     if config.model_type not in PLANS:
-        raise UserError(
+        return (
             f"a {config.model_type} has no plan for tensor parallelism; known are {', '.join(PLANS)}: choose "
             "accelerate_configs/fsdp.yaml"
         )
@@ -108,10 +142,18 @@ def check_slices(config, slices):
     counts["key-value heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for name, count in counts.items():
         if count % slices:
-            raise UserError(
+            return (
                 f"the model's {count} {name} cannot be cut in {slices} equal slices: choose a tensor parallel size "
                 "that divides them"
             )
+    return None
+
+
+def _divide_heads(layer, plan, slices):
+    for path in plan.head_counts:
+        where, _, name = path.rpartition(".")
+        module = layer.get_submodule(where)
+        setattr(module, name, getattr(module, name) // slices)
 
 
 def _draw_apart(first, last, number, rank):

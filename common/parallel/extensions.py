@@ -25,6 +25,8 @@ def build_extension(name):
     Raises:
         UserError: no compiler, a build that fails, or a lock that a killed build has left.
     """
+    if sys.prefix != sys.base_prefix:  # torch's own folder is a user's: two environments would build over each other
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     folder = Path(_get_build_directory(name, verbose=False))
     with open(folder / GUARD, "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)

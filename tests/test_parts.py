@@ -14,7 +14,11 @@ from harness import TESTS
 from pretraining import fp32_copy, losses, results, wait_for_step
 
 CUT = {"fsdp": 2, "fsdp_offload": 2, "hsdp": 2, "tensor_parallel": 1, "tensor_parallel_fsdp": 2}  # readers of rows
-FIRST = ("fsdp",)
+CUT |= {"zero3": 2, "zero3_offload": 2}
+# Above its part, as a share of the whole: what is being converted, and the process's own. DeepSpeed can only cut a
+# tensor that is whole, and leaves gaps in the heap where it was.
+MORE = {"zero3": 0.4, "zero3_offload": 0.4}
+FIRST = ("fsdp", "zero3")
 GRID = [pytest.param(name, marks=() if name in FIRST else pytest.mark.exhaustive) for name in CUT]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 NOTE = "note: every process reads"
@@ -49,7 +53,6 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GRID)
 def test_no_process_holds_the_whole(harness, large, tmp_path, name, dtype):
-    """Above its part, less than a fifth of the whole: what is being converted, and the process's own."""
     ranks, noted = loaded(harness, tmp_path, name, large(dtype))
     assert ranks[0]["equal"] and not noted
     for rank in ranks:
@@ -57,7 +60,7 @@ def test_no_process_holds_the_whole(harness, large, tmp_path, name, dtype):
         print(
             f"{name} {dtype}: of {rank['whole'] / 1e6:.0f} MB, held {share['held']:.2f}, peak {share['private']:.2f}"
         )
-        assert share["held"] < 0.75 and share["private"] < share["held"] + 0.2
+        assert share["held"] < 0.75 and share["private"] < share["held"] + MORE.get(name, 0.2)
 
 
 @pytest.mark.exhaustive

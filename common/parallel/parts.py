@@ -2,7 +2,8 @@
 
 The model is built without numbers, on torch's meta device; once it is cut, each tensor's file is mapped into memory
 and the part is taken out of it, in whatever precision it is there. What is mapped is the system's cache of the file,
-which all processes of a machine share. Only safetensors can be read so, under the names that the model itself uses.
+which all processes of a machine share. Where an engine can only cut tensors that have numbers, they are read one
+module's at a time. Only safetensors can be read so, under the names that the model itself uses.
 """
 
 import contextlib
@@ -25,6 +26,14 @@ class Place(NamedTuple):
 
     file: Path
     key: str
+
+
+def load_parts(accelerator, auto_class, name, **options):
+    """As load_shapes, saying once where the model has to be read whole."""
+    model, info = load_shapes(auto_class, name, **options)
+    if accelerator.is_main_process and not hasattr(model, "places"):
+        print(f"note: every process reads {name} whole: its weights are no safetensors with the names of today")
+    return model, info
 
 
 def load_shapes(auto_class, name, **options):
@@ -61,13 +70,45 @@ def fill(model, device):
         model: parameters on the meta device, DTensors among them; device: where the parts are to be held.
     """
     empty = {p: torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}
-    for module in model.modules():  # what is tied stays tied
-        module._parameters.update({name: empty[p] for name, p in module._parameters.items() if p is not None})
+    _replace(model, empty)
+    with _reader(model) as read:
+        tensors.set_whole_weights(model, read)
+
+
+@torch.no_grad()
+def fill_in_turn(model, cut):
+    """Read the numbers of a model that load_shapes has returned and cut them, a module at a time.
+
+    Args:
+        model: parameters on the meta device, none of them cut.
+        cut: function of a module, those in which have been cut, that leaves to this process its part of the others.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with _reader(model) as read:
+        for module in reversed(list(model.modules())):  # what is in a module comes before it
+            waiting = [parameter for parameter in module.parameters(recurse=False) if parameter in names]
+            if waiting:
+                whole = {p: torch.empty_like(p, device="cpu").copy_(read(names.pop(p))) for p in waiting}
+                _replace(model, {p: torch.nn.Parameter(numbers, p.requires_grad) for p, numbers in whole.items()})
+                del whole
+                cut(module)
+
+
+def _replace(model, parameters):
+    """Put other parameters in the places of a model's; what is tied stays tied."""
+    for module in model.modules():
+        here = {name: parameters[p] for name, p in module._parameters.items() if p in parameters}
+        module._parameters.update(here)
+
+
+@contextlib.contextmanager
+def _reader(model):
+    """A function of a parameter's name giving its whole tensor; at the end buffers are read, too."""
     with contextlib.ExitStack() as stack:
         files = {place.file for place in model.places.values()}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
         read = lambda name: opened[model.places[name].file].get_tensor(model.places[name].key)  # noqa: E731
-        tensors.set_whole_weights(model, read)
+        yield read
         for name, buffer in model.named_buffers():
             if name in model.places:
                 buffer.copy_(read(name))

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from common.errors import UserError
 from common.parallel.launch import PARALLELISM, check_optimizer
-from common.parallel.parts import fill, load_shapes
+from common.parallel.parts import fill, load_parts
 from common.parallel.plain import PlainAccelerator
 from common.parallel.slicing import slice_layers, transformer_layers
-from common.parallel.tensors import groups_of_one_mesh
+from common.parallel.tensors import follow, groups_of_one_mesh
 
 # What a YAML may say beside what is read below: by variable, the values that change nothing here.
 IGNORED_VALUES = {
@@ -63,10 +63,7 @@ class ShardedAccelerator(PlainAccelerator):
 
     def load_pretrained(self, auto_class, name, **options):
         """As PlainAccelerator's; each process reads its part alone, in prepare(), where the files let it."""
-        model, info = load_shapes(auto_class, name, **options)
-        if self.is_main_process and not hasattr(model, "places"):
-            print(f"note: every process reads {name} whole: its weights are no safetensors with the names of today")
-        return model, info
+        return load_parts(self, auto_class, name, **options)
 
     def describe_strategy(self):
         """Slices, cut and copies, for people."""
@@ -83,15 +80,13 @@ class ShardedAccelerator(PlainAccelerator):
         (model,) = (thing for thing in objects if isinstance(thing, torch.nn.Module))
         before = {parameter: name for name, parameter in model.named_parameters()}
         self._cut(model)
-        after = dict(model.named_parameters())
         prepared = []
         for thing in objects:
             if thing is model:
                 prepared.append(self.prepare_model(model, device_placement=False, evaluation_mode=True))
             else:
                 check_optimizer(self._engine, thing)
-                for group in thing.param_groups:
-                    group["params"] = [after[before[parameter]] for parameter in group["params"]]
+                follow(thing, before, model)
                 thing.param_groups[:] = groups_of_one_mesh(thing.param_groups)
                 prepared.append(self.prepare_optimizer(thing, device_placement=False))
         return prepared[0] if len(prepared) == 1 else tuple(prepared)

@@ -18,6 +18,17 @@ def cut_like(value, parameter):
     return value
 
 
+def follow(optimizer, before, model):
+    """Let an optimizer that has not stepped yet work on the parameters that a model has now.
+
+    Args:
+        optimizer: of torch; before: dict of names by the parameters that the model had; model: torch.nn.Module.
+    """
+    after = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [after[before[parameter]] for parameter in group["params"]]
+
+
 def groups_of_one_mesh(groups):
     """Split an optimizer's groups of parameters: one kernel cannot update tensors that are cut over different meshes.
 

@@ -25,8 +25,9 @@ from common.errors import UserError
 from common.memory import BUCKET
 from common.parallel.extensions import build_extension
 from common.parallel.launch import check_optimizer
+from common.parallel.parts import fill_in_turn, load_parts
 from common.parallel.plain import PlainAccelerator
-from common.parallel.tensors import saved_settings
+from common.parallel.tensors import follow, saved_settings
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 OF_LOSS_SCALE = ("cur_iter", "last_overflow_iter", "cur_hysteresis")  # beside the scale
@@ -112,6 +113,12 @@ class ZeroAccelerator(PlainAccelerator):
                 raise UserError(f"the YAML's {key} {config[key]} contradicts {flag}, {value}: remove it from the YAML")
             config[key] = value
 
+    def load_pretrained(self, auto_class, name, **options):
+        """As PlainAccelerator's; under stage 3 prepare() reads a matrix at a time, where the files let it."""
+        if self.deepspeed_plugin.zero_stage < 3 or self._precision == "fp16":  # its fp32 copies are cut from the whole
+            return super().load_pretrained(auto_class, name, **options)
+        return load_parts(self, auto_class, name, **options)
+
     def loss_scale_state(self, optimizer):
         """As PlainAccelerator's, of DeepSpeed's own loss scale."""
         scaler = optimizer.optimizer.loss_scaler
@@ -136,9 +143,22 @@ class ZeroAccelerator(PlainAccelerator):
             if self._precision == "bf16":
                 model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
             return model.to(self.device)
+        (model,) = (thing for thing in objects if isinstance(thing, torch.nn.Module))
+        if hasattr(model, "places"):
+            before = {parameter: name for name, parameter in model.named_parameters()}
+            fill_in_turn(model, self._partition)
+            for optimizer in optimizers:
+                follow(optimizer, before, model)
         model, *_ = prepared = super().prepare(*objects, **options)
         model.optimizer.loss_scaler.raise_error_at_min_scale = False  # when fp16 is hopeless, the loop says
         return prepared
+
+    def _partition(self, module):
+        """Cut a module's parameters as stage 3 would cut those of a whole model."""
+        settings = self.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        known = {key: value for key, value in settings.items() if value != "auto"}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": known}
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
 
 
 def rest(model):

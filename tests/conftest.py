@@ -63,7 +63,7 @@ def shows(record_property):
 
 
 def pytest_addoption(parser):
-    """--write-strategies, for a session of all tests."""
+    """--write-strategies, for a session of all tests, or of those that are to be brought up to date."""
     parser.addoption("--write-strategies", action="store_true", help="write the README's table of strategies")
 
 
@@ -81,9 +81,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Say how many tests did not run for want of the real data; write the table of strategies where asked."""
-    if config.getoption("--write-strategies"):
-        outcomes = ("passed", "failed")
-        strategy_table.write([report for name in outcomes for report in terminalreporter.stats.get(name, [])])
+    if config.getoption("--write-strategies") and not hasattr(config, "workerinput"):  # xdist's workers come here, too
+        outcomes, option = ("passed", "failed"), config.option
+        every = not (option.markexpr or option.keyword) and config.args_source is config.ArgsSource.TESTPATHS
+        reports = [report for name in outcomes for report in terminalreporter.stats.get(name, [])]
+        strategy_table.write(reports, every)
     skipped = sum(DATA_ABSENT in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} tests were skipped: {DATA_ABSENT} ({DATA_FOLDER}; FRUGAL_TEST_DATA)")

@@ -1,7 +1,7 @@
 """The README's table of strategies, from the comments of the YAMLs and from what the tests have shown.
 
-`bash scripts/run_tests.sh all --write-strategies` writes the results and the table; see conftest.py. A test takes part
-by the fixture `shows`.
+`bash scripts/run_tests.sh all --write-strategies` writes the results and the table; with fewer tests it brings those
+up to date. See conftest.py; a test takes part by the fixture `shows`.
 """
 
 import json
@@ -18,25 +18,21 @@ BEGIN, END = "<!-- strategies -->", "<!-- end -->"
 SCRIPTS = ("run_pretraining.py", "run_clm.py", "run_glue.py")
 
 
-def write(reports):
+def write(reports, every):
     """Record what a session's tests have shown, and bring the README up to date.
 
     Args:
-        reports: of pytest, of all tests that ran.
+        reports: of pytest, of the tests that ran; every: whether those are all there are, else what is known of the
+            others stays, with the commit that it is of.
     """
-    found = {}
+    words = ["git", "describe", "--always", "--dirty"]
+    head = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    known = {} if every else json.loads(RESULTS.read_text())
     for report in reports:
         shown = dict(report.user_properties)
         if "strategy" in shown:
-            cell = found.setdefault((shown["strategy"], shown["script"]), {"processes": 0, "tests": 0, "failed": 0})
-            cell["processes"] = max(cell["processes"], shown["processes"])
-            cell["tests" if report.passed else "failed"] += 1
-    head = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
-    rows = {}
-    for (name, script), cell in sorted(found.items()):
-        rows.setdefault(name, {})[script] = cell
-    values = {"commit": head.stdout.strip(), "date": date.today().isoformat(), "rows": rows}
-    RESULTS.write_text(json.dumps(values, indent=1) + "\n")
+            known[report.nodeid] = shown | {"passed": report.passed, "commit": head, "date": date.today().isoformat()}
+    RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     text = README.read_text()
     before, after = text.index(BEGIN), text.index(END, text.index(BEGIN))
     README.write_text(text[:before] + BEGIN + "\n" + render() + text[after:])
@@ -44,16 +40,20 @@ def write(reports):
 
 def render():
     """The table as Markdown lines."""
-    results = json.loads(RESULTS.read_text())
+    tests = json.loads(RESULTS.read_text()).values()
+    commits = ", ".join(
+        f"{day} on commit {commit}" for day, commit in sorted({(t["date"], t["commit"]) for t in tests})
+    )
     lines = [
-        f"Tested on CPU processes, commit {results['commit']}, {results['date']}; on GPUs nothing is tested yet.",
+        f"Tested on CPU processes, {', '.join(' on commit '.join(run) for run in runs)}; on GPUs nothing is tested yet.",
         "",
         f"| YAML | what | choose it when | {' | '.join(f'`{script}`' for script in SCRIPTS)} |",
         "|---|---|---|" + "---|" * len(SCRIPTS),
     ]
     for path in sorted(CONFIGS.glob("*.yaml")):
         what, when = describe(path)
-        cells = [_cell(results["rows"].get(path.stem, {}).get(script)) for script in SCRIPTS]
+        of_yaml = [test for test in tests if test["strategy"] == path.stem]
+        cells = [_cell([test for test in of_yaml if test["script"] == script]) for script in SCRIPTS]
         lines.append(f"| `{path.stem}` | {what} | {when} | {' | '.join(cells)} |")
     return "".join(f"{line}\n" for line in lines)
 
@@ -66,10 +66,9 @@ def describe(path):
     return what, when
 
 
-def _cell(result):
-    if result is None:
-        return "not tested"
-    if result["failed"]:
-        return f"**{result['failed']} tests failed**"
-    processes, tests = result["processes"], result["tests"]
-    return f"{processes} process{'es' * (processes > 1)}, {tests} test{'s' * (tests > 1)}"
+def _cell(tests):
+    failed = sum(not test["passed"] for test in tests)
+    if not tests or failed:
+        return f"**{failed} of {len(tests)} tests failed**" if failed else "not tested"
+    processes = max(test["processes"] for test in tests)
+    return f"{processes} process{'es' * (processes > 1)}, {len(tests)} test{'s' * (len(tests) > 1)}"

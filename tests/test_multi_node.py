@@ -3,6 +3,7 @@
 Also what torchrun's restart continues from.
 """
 
+import functools
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_launch import wait_until_gone
-from test_strategies import command
+from test_strategies import SCRIPTS, command
 
 from common.checkpoint import complete_checkpoints
 from harness import REPOSITORY, Machine, free_port, wait_all
@@ -54,11 +55,21 @@ def machines():
 
 
 @pytest.fixture(scope="module")
-def single(harness, tiny_corpus, cache, tmp_path_factory):
-    """The folder of the run on one process."""
-    out = tmp_path_factory.mktemp("single") / "run"
-    harness.run(*command("bert", tiny_corpus, cache, out, 1)).check()
-    return out
+def on_one_process(harness, tiny_corpus, cache, tmp_path_factory):
+    """A function of a model's name giving the folder of its run on one process."""
+
+    def run(model):
+        out = tmp_path_factory.mktemp("single") / "run"
+        harness.run(*command(model, tiny_corpus, cache, out, 1)).check()
+        return out
+
+    return functools.cache(run)
+
+
+@pytest.fixture(scope="module")
+def single(on_one_process):
+    """The folder of the run of BERT on one process."""
+    return on_one_process("bert")
 
 
 def assert_equal(out, one):
@@ -80,12 +91,15 @@ def lost(process, other):
     )
 
 
+@pytest.mark.parametrize("model", ["bert", pytest.param("opt", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_machines_equal_one_process(harness, machines, single, tiny_corpus, cache, tmp_path, shows, name):
-    shows(name, "run_pretraining.py", 2)
-    strategy, share = CONFIGS[name]
+def test_two_machines_equal_one_process(
+    harness, machines, on_one_process, tiny_corpus, cache, tmp_path, shows, name, model
+):
+    shows(name, SCRIPTS[model], 2)
+    (strategy, share), single = CONFIGS[name], on_one_process(model)
     out, config = tmp_path / "run", fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    words = command("bert", tiny_corpus, cache, out, 2)
+    words = command(model, tiny_corpus, cache, out, 2)
     ranks = harness.launch(*words, config=config, num_processes=None, machines=machines)
     assert len(ranks) == 2 and not any(rank.check().stdout for rank in ranks[1:])
     assert f"strategy: {strategy}, 2 process(es), fp32" in ranks[0].check().stdout

@@ -46,7 +46,7 @@ CASES = {
     "tensor_parallel": Case("tensor parallel, layers in 2 slices", 2, slices=2),
     "tensor_parallel_fsdp": Case("tensor parallel, layers in 2 slices, FSDP2, cut in 2", 4, 1 / 2, 1 / 2, slices=2),
 }
-WITHOUT_GROUPS = {"cpu", "single_gpu"}  # one process; see test_parity.py
+ALONE = dict.fromkeys(("cpu", "single_gpu"), Case("single process", 1))  # BERT's rows are in test_parity.py
 TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
 GPUS_ALONE = {"fp8"}  # see test_fp8.py
 MODELS = {
@@ -65,6 +65,7 @@ GRID = [
     for model in MODELS
     if model in ("bert", "opt") or case.slices > 1
 ]
+GRID += [pytest.param(name, "opt", marks=pytest.mark.exhaustive) for name in ALONE]
 # Numbers that slicing cuts: in each of 2 layers, matrices of attention [32, 32] and of the feed-forward [64, 32] and,
 # where there are any, the biases of what is cut by its outputs.
 SLICED = dict.fromkeys(MODELS, 2 * (4 * 32 * 32 + 3 * 32 + 2 * 64 * 32 + 64))
@@ -111,19 +112,19 @@ def launch(harness, name, tmp_path, words):
     ranks = harness.launch(*words, config=config, num_processes=None)
     for rank in ranks:
         rank.check()
-    assert len(ranks) == CASES[name].ranks and not any(rank.stdout for rank in ranks[1:])
+    assert len(ranks) == (CASES | ALONE)[name].ranks and not any(rank.stdout for rank in ranks[1:])
     return ranks[0].stdout
 
 
 def test_every_yaml_has_its_row():
-    elsewhere = WITHOUT_GROUPS | TWO_MACHINES | GPUS_ALONE
-    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == CASES.keys() | elsewhere
+    known = CASES.keys() | ALONE | TWO_MACHINES | GPUS_ALONE
+    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == known
 
 
 @pytest.mark.parametrize("name, model", GRID)
 def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path, shows, name, model):
-    shows(name, SCRIPTS[model], CASES[name].ranks)
-    case, one, out = CASES[name], single(model), tmp_path / "run"
+    case, one, out = (CASES | ALONE)[name], single(model), tmp_path / "run"
+    shows(name, SCRIPTS[model], case.ranks)
     printed = launch(harness, name, tmp_path, command(model, tiny_corpus, cache, out, case.readers))
     mine, theirs = results(out), results(one)
     assert f"strategy: {case.strategy}, {case.ranks} process(es), fp32" in printed

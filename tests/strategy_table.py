@@ -41,11 +41,9 @@ def write(reports, every):
 def render():
     """The table as Markdown lines."""
     tests = json.loads(RESULTS.read_text()).values()
-    commits = ", ".join(
-        f"{day} on commit {commit}" for day, commit in sorted({(t["date"], t["commit"]) for t in tests})
-    )
+    runs = sorted({f"{test['date']} on commit {test['commit']}" for test in tests})
     lines = [
-        f"Tested on CPU processes, {', '.join(' on commit '.join(run) for run in runs)}; on GPUs nothing is tested yet.",
+        f"Tested on CPU processes, {', '.join(runs)}; on GPUs nothing is tested yet.",
         "",
         f"| YAML | what | choose it when | {' | '.join(f'`{script}`' for script in SCRIPTS)} |",
         "|---|---|---|" + "---|" * len(SCRIPTS),

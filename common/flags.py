@@ -3,8 +3,9 @@
 import argparse
 import difflib
 import sys
+from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from common.errors import UserError
 
@@ -17,6 +18,25 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
+
+
+@dataclass
+class PrecisionArguments:
+    """Flags of every script that trains: in what its matrices are multiplied. Several raise UserError."""
+
+    bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
+    fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
+    fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
+
+    def __post_init__(self):
+        if self.bf16 + self.fp16 + self.fp32 > 1:
+            raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
+
+    @property
+    def precision(self):
+        """What the flags ask for: "bf16", "fp16", "no" (fp32) or None (unsaid)."""
+        asked = [name for flag, name in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "no")) if getattr(self, flag)]
+        return asked[0] if asked else None
 
 
 def parse(dataclasses, argv=None, **defaults):

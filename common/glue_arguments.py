@@ -7,7 +7,7 @@ from transformers.hf_argparser import HfArg
 
 from common.data.glue import DIAGNOSTIC, TASKS, find_task
 from common.errors import UserError
-from common.flags import at_least, between, drop_replaced, one_of, parse, positive
+from common.flags import PrecisionArguments, at_least, between, drop_replaced, one_of, parse, positive
 from common.schedulers import CURVE_NAMES, check_curve
 
 # Of Hugging Face's example and of ExtremeBERT's run_glue.sh.
@@ -71,7 +71,7 @@ class GlueDataArguments:
 
 
 @dataclass
-class GlueTrainingArguments:
+class GlueTrainingArguments(PrecisionArguments):
     """Batch, optimizer, schedule, validation, checkpoints."""
 
     output_dir: str | None = HfArg(default=None, help="Where everything is written.")
@@ -120,16 +120,6 @@ class GlueTrainingArguments:
     )
     save_total_limit: int = HfArg(default=2, help="Checkpoints kept; the oldest goes first.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint folder (step_N).")
-    bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
-    fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
-    fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
-
-    @property
-    def precision(self):
-        """What the flags ask for: "bf16", "fp16", "no" (fp32) or None (unsaid)."""
-        return next(
-            (name for name, asked in (("bf16", self.bf16), ("fp16", self.fp16), ("no", self.fp32)) if asked), None
-        )
 
 
 def parse_glue_arguments(argv=None):
@@ -190,6 +180,4 @@ def parse_glue_arguments(argv=None):
     if args.eval_strategy == "steps" and not args.eval_steps:
         raise UserError("--eval_strategy steps needs --eval_steps: how often?")
     check_curve(args.lr_scheduler_type, {})
-    if sum((args.bf16, args.fp16, args.fp32)) > 1:
-        raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
     return model, data, args, notes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
-from common.flags import at_least, between, one_of, positive
+from common.flags import PrecisionArguments, at_least, between, one_of, positive
 from common.limits import WARM_UP_STEPS
 from common.schedulers import CURVE_NAMES, check_curve
 
@@ -50,7 +50,7 @@ class TextArguments:
 
 
 @dataclass
-class TrainingArguments:
+class TrainingArguments(PrecisionArguments):
     """Budget, batch, optimizer, schedule, validation, checkpoints, reports."""
 
     output_dir: str | None = HfArg(default=None, help="Where the run is written (default: runs/<time>).")
@@ -162,20 +162,11 @@ class TrainingArguments:
         default=None, help="Take the clock's readings from this file (a run's clock.f64): repeats a timed run exactly."
     )
 
-    # ---- reports and precision
+    # ---- reports
     logging_steps: int = HfArg(default=10, aliases=["--print_steps"], help="Log every N optimizer steps.")
     report_to: str = HfArg(default="none", help="none, tensorboard or wandb; nothing is sent anywhere unasked.")
     project_name: str = HfArg(default="frugal", help="Project in the tracker.")
     job_name: str | None = HfArg(default=None, help="Run in the tracker (default: the name of output_dir).")
-    bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
-    fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
-    fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
-
-    @property
-    def precision(self):
-        """What the flags ask for: "bf16", "fp16", "no" (fp32) or None (unsaid)."""
-        asked = [name for flag, name in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "no")) if getattr(self, flag)]
-        return asked[0] if asked else None
 
     @property
     def curve_options(self):
@@ -245,8 +236,6 @@ def check_training(args, default_epochs=None):
         raise UserError(f"--esd_shrink {args.esd_shrink} must be above 1")
     if args.use_early_stopping and not (args.eval_steps or args.do_validation):
         raise UserError("--use_early_stopping needs validations on the way: add --eval_steps or --do_validation")
-    if sum((args.bf16, args.fp16, args.fp32)) > 1:
-        raise UserError("--bf16, --fp16 and --fp32 contradict each other: give one")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         raise UserError("--overwrite_output_dir contradicts --resume_from_checkpoint: drop one of them")
     if args.resume_from_checkpoint == "latest" and not args.output_dir:

@@ -239,6 +239,19 @@ def test_what_a_yaml_asks_for_in_vain_is_refused(harness, tiny_corpus, cache, tm
     assert "Traceback" not in ranks[0].stderr + ranks[1].stderr
 
 
+@pytest.mark.exhaustive
+def test_an_extension_is_built_once_and_announced_once(harness, tiny_corpus, cache, tmp_path):
+    env = {"TORCH_EXTENSIONS_DIR": tmp_path / "extensions"}
+    words = command("bert", tiny_corpus, cache, tmp_path / "a", 2)
+    config = fp32_copy("accelerate_configs/zero2.yaml", tmp_path)
+    first = [rank.check().stdout for rank in harness.launch(*words, config=config, num_processes=None, env=env)]
+    assert (tmp_path / "extensions" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").exists()
+    assert first[0].count("building DeepSpeed's deepspeed_shm_comm") == 1 and not first[1]
+    words = command("bert", tiny_corpus, cache, tmp_path / "b", 2)
+    second = [rank.check().stdout for rank in harness.launch(*words, config=config, num_processes=None, env=env)]
+    assert "building" not in second[0] and not second[1]
+
+
 def test_a_lock_that_a_killed_build_has_left_is_named(harness, tiny_corpus, cache, tmp_path):
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)

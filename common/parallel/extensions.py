@@ -18,7 +18,7 @@ GUARD = ".building"  # ours, held by a process that builds, and free when it is 
 
 
 def build_extension(name):
-    """Build an extension if it is missing, and load it. The processes of a machine take turns.
+    """Build an extension if it is missing, and load it. The processes of a machine take turns; one says it.
 
     Args:
         name: in BUILDERS.
@@ -28,14 +28,15 @@ def build_extension(name):
     if sys.prefix != sys.base_prefix:  # torch's own folder is a user's: two environments would build over each other
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     folder = Path(_get_build_directory(name, verbose=False))
+    if not any(folder.glob("*.so")):
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError(f"DeepSpeed's {name} has to be compiled and there is no C++ compiler: install g++")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # whichever process then builds
+            print(f"building DeepSpeed's {name} in {folder}, once; it takes minutes", flush=True)
     with open(folder / GUARD, "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if (folder / BATON).exists():
             raise UserError(f"{folder / BATON}: a build that was killed has left this lock: remove it and start again")
-        if not any(folder.glob("*.so")):
-            if not shutil.which(os.environ.get("CXX", "g++")):
-                raise UserError(f"DeepSpeed's {name} has to be compiled and there is no C++ compiler: install g++")
-            print(f"building DeepSpeed's {name} in {folder}, once; it takes minutes", flush=True)
         if not shutil.which("ninja"):  # it was installed with Python's packages, which nobody need have activated
             os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
         try:

@@ -31,7 +31,7 @@ from common.arguments import parse_pretraining_arguments
 
 DEFAULT_RATE = 5e-5
 RATES = (DEFAULT_RATE, 1e-4, 3e-4, 1e-3, 3e-3)
-BUDGETS = {"default": 80_000, "best": 350_000}  # tokens that suffice, by search
+BUDGETS = {"default": 80_000, "best": 325_000}  # tokens that suffice, by search
 CHECKED_STEPS, TOLERANCE = 20, 1e-4
 
 

@@ -216,17 +216,17 @@ def collator(text):
     from torch.utils.data import DataLoader
     from transformers import DataCollatorForLanguageModeling
 
-    from common.data.packing import ConcatenatedRows
+    from common.data.packing import ConcatenatedRows, Frame
 
     corpus = prepare(text, CACHE)
     tokenizer = corpus.tokenizer
-    rows = ConcatenatedRows(corpus.train, tokenizer, LENGTH)
+    rows = ConcatenatedRows(corpus.train, Frame.for_masked(tokenizer), LENGTH)
     built = rows.build(np.arange(min(len(rows), 2 * STOCK_BATCHES * BATCH)))
     columns = {
         "input_ids": built["input_ids"].astype(np.int32),
         "token_type_ids": np.zeros_like(built["input_ids"], np.int8),
         "attention_mask": np.ones_like(built["input_ids"], np.int8),
-        "special_tokens_mask": (~built["maskable"]).astype(np.int8),
+        "special_tokens_mask": (~built["is_text"]).astype(np.int8),
     }
     with tempfile.TemporaryDirectory() as folder:
         datasets.disable_progress_bars()

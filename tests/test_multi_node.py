@@ -101,8 +101,10 @@ def test_two_machines_equal_one_process(
     out, config = tmp_path / "run", fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
     words = command(model, tiny_corpus, cache, out, 2)
     ranks = harness.launch(*words, config=config, num_processes=None, machines=machines)
-    other = ranks[1].check().stdout.splitlines()  # in a fresh environment each machine says that it builds
-    assert len(ranks) == 2 and all(line.startswith("building DeepSpeed's deepspeed_shm_comm") for line in other)
+    other = ranks[1].check().stdout.splitlines()
+    if name == "multi_node_zero":  # in a fresh environment each machine says that it builds
+        other = [line for line in other if not line.startswith("building DeepSpeed's deepspeed_shm_comm")]
+    assert len(ranks) == 2 and not other
     assert f"strategy: {strategy}, 2 process(es), fp32" in ranks[0].check().stdout
     print(f"{name}: losses differ by at most {assert_equal(out, single):.1e}")
     mine, theirs = results(out)["optimizer_bytes_per_rank"], results(single)["optimizer_bytes_per_rank"]

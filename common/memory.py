@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 from transformers import PreTrainedConfig
 
 from common.models.cross_entropy import chunk_size
@@ -259,8 +260,11 @@ def _loss_bytes(workload, model, mixed):
     vocabulary = workload.config.vocab_size
     positions = workload.rows * (workload.targets or workload.seq_length)
     of_hidden = 4 * positions * (model.output // vocabulary)
-    # the logits of a chunk and of the one before it; the gradients; of mixed precision the matrix and a product too
-    forward = 8 * min(positions, chunk_size(vocabulary)) * vocabulary + (8 if mixed else 4) * model.output + of_hidden
+    chunk = vocabulary * min(positions, chunk_size(vocabulary, torch.bfloat16 if mixed else torch.float32))
+    # the logits of a chunk and of the one before it, or in fp32 as well; a CPU takes them to fp32 block by block
+    of_logits = (4 if mixed and workload.device == "cpu" else 8) * chunk
+    # the gradients; of mixed precision the matrix and a product too
+    forward = of_logits + (8 if mixed else 4) * model.output + of_hidden
     return max(forward, 2 * (4 * model.output + of_hidden)), of_hidden
 
 

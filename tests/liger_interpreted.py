@@ -76,7 +76,7 @@ def fp16_errors():
 
 
 if __name__ == "__main__":
-    cross_entropy.CHUNK_LOGITS = 1  # chunks of LEAST_CHUNK positions
+    cross_entropy.CHUNK_BYTES = 1  # chunks of LEAST_CHUNK positions
     differences = {name: measure(*shape) for name, shape in SHAPES.items()}
     precisions = (torch.float32, torch.bfloat16, torch.float16)
     trials = [(vocabulary, torch.device("cpu"), dtype) for vocabulary in VOCABULARIES for dtype in precisions]

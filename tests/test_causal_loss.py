@@ -17,9 +17,10 @@ OPT_VOCABULARY = 50272
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of LEAST_CHUNK positions, so that few positions make many of them."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
-    assert chunk_size(VOCABULARY) == LEAST_CHUNK == 16
+    """Chunks of LEAST_CHUNK positions in blocks of 5, so that few positions make many of them."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "BLOCK_LOGITS", 5 * VOCABULARY)
+    assert chunk_size(VOCABULARY, torch.float32) == LEAST_CHUNK == 16
 
 
 def case(positions, vocabulary=VOCABULARY, bias=True, width=HIDDEN):
@@ -65,7 +66,7 @@ def test_it_equals_the_plain_loss(small_chunks, positions, bias):
 
 
 def test_it_equals_the_plain_loss_at_opts_vocabulary():
-    positions = 2 * chunk_size(OPT_VOCABULARY) + 5
+    positions = 2 * chunk_size(OPT_VOCABULARY, torch.float32) + 5
     assert_equal(*case(positions, OPT_VOCABULARY, bias=False))
 
 

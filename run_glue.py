@@ -93,7 +93,7 @@ def main():
         here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
         batches = GroupedBatches(train, args.seed, per_device, accumulation, **here)
         total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.steps_per_epoch)
-        optimizer = build_optimizer(model, args)
+        optimizer = build_optimizer(model, args, in_force["precision"])
         model, optimizer = accelerator.prepare(model.train(), optimizer)
         warmup = args.warmup_ratio if args.warmup_steps is None else min(1.0, args.warmup_steps / total_steps)
         curve = partial(learning_rate_factor, curve=args.lr_scheduler_type, warmup_proportion=warmup)

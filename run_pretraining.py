@@ -87,7 +87,7 @@ def main():
         model.compile(fullgraph=True, dynamic=False)
     find = partial(find_fused_loss, accelerator, config.vocab_size, compiling, args.use_liger_kernel, say)
     use_fused_loss(parallel.on_main(accelerator, find))
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, in_force["precision"])
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
     per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)

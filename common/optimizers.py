@@ -10,6 +10,7 @@ from collections import defaultdict
 import torch
 
 from common.errors import UserError
+from common.hardware import AUTOCAST
 from common.optim.lamb import Lamb
 from common.optim.muon import Muon
 
@@ -29,7 +30,7 @@ FLAGS = {
 }
 
 
-def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, args, precision: str = "fp32") -> torch.optim.Optimizer:
     """Make the optimizer that the arguments name, over the parameters of the model that are trained.
 
     Of the four settings that have flags, each goes only to a class that takes it. Not taking adam_beta1/2 and
@@ -39,6 +40,7 @@ def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
         model: the parameters may be on any device; they may still be moved before the first step.
         args: optimizer_type, optimizer_args (list of "key=value"), learning_rate, weight_decay, adam_beta1,
             adam_beta2, adam_epsilon.
+        precision: of the run's matrix products, "fp32", "bf16", "fp16" or "fp8"; one of ours may have some itself.
     Raises:
         UserError: unknown name, a class that cannot be imported, or arguments that it does not take.
     """
@@ -56,6 +58,8 @@ def build_optimizer(model: torch.nn.Module, args) -> torch.optim.Optimizer:
     arguments = {name: value for name, value in settings.items() if name in accepted}
     if args.optimizer_type in OPTIMIZERS and "fused" in accepted and _can_be_fused(model):
         arguments["fused"] = True
+    if args.optimizer_type in OPTIMIZERS and "bf16" in accepted:
+        arguments["bf16"] = AUTOCAST.get(precision) is torch.bfloat16
     matrices_apart = getattr(optimizer_class, "matrices_apart", False)
     arguments |= parse_optimizer_args(args.optimizer_args, accepted, optimizer_class.__name__)
     try:

@@ -34,7 +34,7 @@ read_arguments() {
     cap=${positional[1]:-0}
     source "$scripts/launch_env.sh"
     choose_processes "${positional[3]:-}" "${positional[4]:-}"
-    choose_cpu_precision
+    choose_precision "$@"
     choose_threads
 
     flags=(--per_device_train_batch_size "$batch" --mem_cap "$cap")

@@ -31,7 +31,7 @@ fi
 
 source "$scripts/launch_env.sh"
 resolve_config "${positional[3]:-}"
-choose_cpu_precision
+choose_precision "$@"
 choose_threads
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 

@@ -51,8 +51,24 @@ count_gpus() {
     fi
 }
 
-# bf16 products are emulated, tens of times slower, on a CPU without instructions for them.
-choose_cpu_precision() {
+# choose_precision arguments...   --fp32, --bf16 or --fp16 among the program's arguments is for the launcher too. Without
+# one, fp32 on a CPU that would emulate bf16, tens of times slower.
+choose_precision() {
+    local asked=
+    while (($#)); do
+        case "$1=${2:-}" in
+            --[bf][fp][0-9]*=[Ff]alse*) ;;
+            --fp32=*) asked=no ;;
+            --bf16=*) asked=bf16 ;;
+            --fp16=*) asked=fp16 ;;
+        esac
+        shift
+    done
+    if [[ -n $asked ]]; then
+        precision=$asked
+        launch_flags+=(--mixed_precision "$asked")
+        return
+    fi
     [[ $precision == bf16 && -r /proc/cpuinfo ]] && grep -q '^flags' /proc/cpuinfo || return 0
     [[ $role == cpu ]] || ((gpus == 0)) || return 0
     if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then

@@ -52,7 +52,7 @@ fi
 
 source "$scripts/launch_env.sh"
 resolve_config "${positional[0]:-}"
-choose_cpu_precision
+choose_precision "$@"
 choose_threads
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 

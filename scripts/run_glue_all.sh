@@ -39,7 +39,7 @@ if [[ -z $config_name ]]; then
     if ((gpus > 0)); then config_name=single_gpu; else config_name=cpu; fi
 fi
 resolve_config "$config_name"
-choose_cpu_precision
+choose_precision "$@"
 
 flags=(--model_name_or_path "${positional[0]}" --data_dir "${positional[1]}")
 [[ -n ${positional[2]:-} ]] && flags+=(--seeds "${positional[2]}")

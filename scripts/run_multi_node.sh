@@ -50,7 +50,7 @@ resolve_config "${positional[4]:-multi_node}"
 if ((gpus > 0 && per_node > gpus)) && [[ $role != cpu ]]; then
     refuse "processes-per-node $per_node: only $gpus GPUs are visible here; give fewer"
 fi
-choose_cpu_precision
+choose_precision "$@"
 processes=$per_node # which share this machine's cores
 choose_threads
 processes=$((nodes * per_node))

@@ -9,7 +9,6 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM
 
 from common.errors import UserError
-from common.optim import muon
 from common.optim.muon import COEFFICIENTS, orthogonalize
 from common.optimizers import build_optimizer, hidden_matrices, is_elementwise, parameter_groups
 
@@ -146,15 +145,7 @@ def written_out(model, lr, decay, momentum=0.95):
     return SimpleNamespace(step=step, zero_grad=model.zero_grad)
 
 
-@pytest.fixture(params=[False, True], ids=["as given", "bf16"])
-def in_bf16(request, monkeypatch):
-    """Whether matrices are orthogonalised in bf16, which the machine decides otherwise."""
-    monkeypatch.setattr(muon, "has_bf16", lambda _: request.param)
-    return request.param
-
-
-def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest(monkeypatch):
-    monkeypatch.setattr(muon, "has_bf16", lambda _: False)
+def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest():
     model, reference = layered_model().double(), layered_model().double()  # it enlarges what is rounded off
     actual = train_layered(model, build_optimizer(model, arguments(optimizer_type="muon")))
     expected = train_layered(reference, written_out(reference, lr=1e-2, decay=0.1))
@@ -163,6 +154,20 @@ def test_muon_equals_its_rule_written_out_and_adamw_on_the_rest(monkeypatch):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-7, atol=1e-9)
         if start[name].ndim == 2:  # the bias of a key has no gradient
             assert not torch.allclose(start[name], actual[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_muon_multiplies_in_the_precision_of_the_run(precision):
+    in_bf16 = precision in ("bf16", "fp8")
+    models = [layered_model(), layered_model()]
+    built = build_optimizer(models[0], arguments(optimizer_type="muon"), precision)
+    settings = ["bf16=true"] if in_bf16 else []
+    asked = build_optimizer(models[1], arguments(optimizer_type="muon", optimizer_args=settings))
+    left, right = train_layered(models[0], built), train_layered(models[1], asked)
+    assert all(left[name].equal(right[name]) for name in left)
+    plain = layered_model()
+    plain = train_layered(plain, build_optimizer(plain, arguments(optimizer_type="muon")))
+    assert all(left[name].equal(plain[name]) for name in left) != in_bf16
 
 
 def test_muon_leaves_to_adamw_what_is_no_hidden_matrix():
@@ -177,12 +182,13 @@ def test_muon_leaves_to_adamw_what_is_no_hidden_matrix():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (24, 32)])
-def test_orthogonalize_equals_torchs_muon(in_bf16, shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_equals_torchs_muon(dtype, shape):
     """One step of torch.optim.Muon, which works in bf16, from the same gradient."""
     torch.manual_seed(0)
     gradients = torch.randn(3, *shape)
-    ours = orthogonalize(gradients)
-    assert ours.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+    ours = orthogonalize(gradients.to(dtype))
+    assert ours.dtype == dtype
     for gradient, mine in zip(gradients, ours.float(), strict=True):
         parameter = torch.nn.Parameter(torch.zeros(shape))
         optimizer = torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

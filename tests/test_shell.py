@@ -98,6 +98,21 @@ def test_a_precision_that_the_script_overrides(shell):
 
 
 @pytest.mark.parametrize(
+    ("flags", "precision"),
+    [(["--fp32"], "no"), (["--bf16=true"], "bf16"), (["--fp16", "True", "--seed", "1"], "fp16")],
+)
+def test_a_precision_that_is_asked_for_reaches_the_launcher(shell, flags, precision):
+    check, launch = shell.run("cpu", *flags)
+    assert check["env"]["ACCELERATE_MIXED_PRECISION"] == precision == flag(launch, "--mixed_precision")
+
+
+def test_a_precision_that_is_turned_off_does_not(shell):
+    shell.machine(gpus="GPU 0: A100")
+    _, launch = shell.run("zero2", "--fp32", "false", "--fp16=False")
+    assert flag(launch, "--mixed_precision") is None
+
+
+@pytest.mark.parametrize(
     "listed, visible, config, processes",
     [
         ("No devices were found", None, "cpu", "1"),

@@ -7,8 +7,6 @@ of one shape are stacked, and a CPU without bf16 instructions works in fp32.
 import torch
 from torch.optim.adamw import adamw
 
-from common.hardware import has_bf16
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7  # on the norm of a matrix before it is divided by it
 RMS = 0.2  # of AdamW's usual update, to which a matrix's is brought
@@ -26,6 +24,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate of all groups; weight_decay: decoupled, for groups that do not say their own.
         betas, eps, fused: AdamW's.
         momentum, nesterov, ns_steps: Muon's; ns_steps is the number of Newton-Schulz iterations.
+        bf16: make them in bf16, which torch.optim.Muon always does.
     Raises:
         ValueError: a parameter in a group with `matrices` that is not a matrix, or a value out of range.
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io); the
@@ -44,6 +43,7 @@ class Muon(torch.optim.Optimizer):
         momentum=0.95,
         nesterov=True,
         ns_steps=5,
+        bf16=False,
         fused=None,
     ):
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps), ("ns_steps", ns_steps)):
@@ -55,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps, "momentum": momentum}
         defaults |= {"nesterov": nesterov, "ns_steps": ns_steps, "fused": fused, "matrices": False}
         super().__init__(params, defaults)
+        self.bf16 = bf16
         shapes = [tuple(p.shape) for group in self.param_groups if group["matrices"] for p in group["params"]]
         if odd := [shape for shape in shapes if len(shape) != 2]:
             raise ValueError(f"a parameter of shape {odd[0]} is no matrix")
@@ -88,7 +89,9 @@ class Muon(torch.optim.Optimizer):
             grads, buffers = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             wanted = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-            updates = orthogonalize(torch.stack(wanted), group["ns_steps"]).to(same[0].dtype)
+            stack = torch.stack(wanted)
+            stack = stack.bfloat16() if self.bf16 else stack
+            updates = orthogonalize(stack, group["ns_steps"]).to(same[0].dtype)
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(same, updates.unbind(), alpha=-group["lr"] * RMS * max(shape) ** 0.5)
 
@@ -125,13 +128,12 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         matrices: [N, m, n] floating point.
         steps: iterations.
     Returns:
-        [N, m, n], bf16 where the hardware multiplies in it, otherwise as given.
+        [N, m, n], as given.
     Source: Jordan et al. 2024, with their quintic polynomial.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16() if has_bf16(matrices.device.type) else matrices
-    x = x.mT if tall else x
+    x = matrices.mT if tall else matrices
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)
     if steps and x.dtype is not torch.bfloat16 and x.shape[2] >= 2 * x.shape[1]:
         x = _polynomial(x @ x.mT, steps) @ x

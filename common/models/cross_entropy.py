@@ -89,10 +89,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute = compute_dtype(hidden.device) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         head, head_bias = weight.to(compute), None if bias is None else bias.to(compute)
         on_cpu = hidden.device.type == "cpu"
-        of_hidden, of_weight = torch.empty_like(hidden), None
+        chunks = _even_slices(len(hidden), chunk_size(len(weight), compute))
+        # all that stays first: what comes and goes would leave gaps below it
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32 if len(chunks) > 1 else compute)
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for here in _even_slices(len(hidden), chunk_size(len(weight), compute)):
+        for here in chunks:
             states, targets, importance = hidden[here].to(compute), labels[here, None], weights[here, None]
             # on a CPU a bias doubles the time of this product; in the blocks there it costs next to nothing
             logits = F.linear(states, head, None if on_cpu else head_bias)
@@ -108,12 +111,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if gradient.dtype != logits.dtype:  # else it is in their place already
                     logits[some] = gradient
             of_hidden[here] = logits @ head
-            if of_weight is None:
-                of_weight = logits.t() @ states
-            elif compute == torch.float32:
+            if compute == of_weight.dtype:
                 of_weight.addmm_(logits.t(), states)
             else:
-                of_weight = of_weight.float().add_(logits.t() @ states)
+                of_weight += logits.t() @ states
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.dtypes = weight.dtype, bias if bias is None else bias.dtype
         return loss

@@ -60,8 +60,12 @@ def spread(values):
 
 
 def _commit():
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip() or "unknown"
+    words = ["git", "describe", "--always", "--exclude=*"]
+    commit = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    # what an earlier table wrote is no change of what is measured
+    words = ["git", "status", "--porcelain", "--untracked-files=no", ":!benchmarks/README.md", ":!benchmarks/results"]
+    changed = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout
+    return f"{commit}-dirty" if changed else commit or "unknown"
 
 
 def _table(rows):

@@ -39,7 +39,7 @@ from common.final_report import report
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
 from common.memory_plan import format_plan, planned
-from common.models.causal import build_causal_lm, causal_config, fit_vocabulary, row_length
+from common.models.causal import attention_path, build_causal_lm, causal_config, fit_vocabulary, row_length
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.optimizers import build_optimizer
 from common.report import CAUSAL, write_all_results
@@ -96,6 +96,8 @@ def main():
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)
     model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator))
+    if workload.attention == "plain":  # a family may have no other path than its own
+        model.config._attn_implementation = "plain"
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     parameters, flops = model.num_parameters(), causal_flops(model, data_args.block_size)
@@ -207,6 +209,7 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
         accumulation=accumulation,
         gradient_checkpointing=args.gradient_checkpointing,
         packed=data_args.packing == "documents",
+        attention=attention_path(config, data_args.block_size, precision, device),
         device=device,
         **sharding,
     )

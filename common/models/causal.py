@@ -18,6 +18,7 @@ from common.models.presets import OPT_SIZES, opt_shape
 BLOCK_SIZE = 1024  # Hugging Face's default, where the model has as many positions
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
 PROBED_TOKENS, PROBE_TOLERANCE = 8, 1e-4  # of the test whether a head is just a matrix product
+PLAIN_UP_TO = 512  # tokens in a row: with more of them the scores outgrow a processor's cache
 
 
 class ChunkedLossMixin:
@@ -36,7 +37,10 @@ class ChunkedLossMixin:
         Returns:
             common.models.head_loss.HeadLoss.
         """
-        mask = earlier_in_document(document_ids, compute_dtype(input_ids.device)) if self.packs_documents else None
+        mask = None
+        if self.packs_documents or self.config._attn_implementation == "plain":  # the stock paths know what is causal
+            documents = document_ids if self.packs_documents else torch.ones_like(document_ids[:1])
+            mask = earlier_in_document(documents, compute_dtype(input_ids.device))
         output = self.base_model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
         return head_loss(self, output.last_hidden_state.flatten(0, 1), labels, weights, loss_denominator)
 
@@ -54,6 +58,22 @@ def earlier_in_document(document_ids, dtype):
     other |= torch.ones_like(other[0]).triu(1)
     mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
     return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
+
+
+def attention_path(config, seq_length, precision, device_type):
+    """The attention of a run: the stock one, or, for OPT in bf16 on a CPU with short rows, plain_attention.
+
+    There the backward pass of scaled_dot_product_attention makes no use of the matrix units. What other families do
+    besides (windows, shared heads, capped scores) plain attention does not.
+
+    Args:
+        config: transformers configuration; seq_length: tokens in a row; precision: "fp32", "bf16" ...; device_type:
+            "cpu" or "cuda".
+    Returns:
+        its name in transformers' interface.
+    """
+    gains = device_type == "cpu" and precision == "bf16" and seq_length <= PLAIN_UP_TO
+    return "plain" if gains and config.model_type == "opt" else "sdpa"
 
 
 def causal_config(model_args, data_args):

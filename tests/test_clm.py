@@ -48,7 +48,9 @@ def test_it_learns_and_its_files_are_stock(finished):
     assert type(model).__name__ == "OPTForCausalLM" and not any(
         info[key] for key in ("missing_keys", "unexpected_keys")
     )
-    answer = pipeline("text-generation", model=str(finished.out))("The value", max_new_tokens=5)
+    answer = pipeline("text-generation", model=str(finished.out))(
+        "The value", max_new_tokens=5, min_new_tokens=5, do_sample=False
+    )
     assert len(answer[0]["generated_text"]) > len("The value")
     for words in ("unigram baseline", "next tokens", "->", "real tokens/s", "text-generation", "perplexity"):
         assert words in finished.stdout, words

@@ -39,7 +39,14 @@ from common.final_report import report
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
 from common.memory_plan import format_plan, planned
-from common.models.causal import attention_path, build_causal_lm, causal_config, fit_vocabulary, row_length
+from common.models.causal import (
+    attention_path,
+    build_causal_lm,
+    causal_config,
+    fit_vocabulary,
+    row_length,
+    set_attention,
+)
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.optimizers import build_optimizer
 from common.report import CAUSAL, write_all_results
@@ -96,8 +103,7 @@ def main():
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     set_seed(args.seed)
     model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator))
-    if workload.attention == "plain":  # a family may have no other path than its own
-        model.config._attn_implementation = "plain"
+    set_attention(model, workload.attention)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     parameters, flops = model.num_parameters(), causal_flops(model, data_args.block_size)

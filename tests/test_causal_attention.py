@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, OPTConfig
 
-from common.models.causal import PLAIN_UP_TO, attention_path, build_causal_lm
+from common.models.causal import PLAIN_UP_TO, attention_path, build_causal_lm, set_attention
 
 ROWS, LENGTH, VOCABULARY = 3, 32, 80
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
@@ -18,7 +18,7 @@ def gradients(attention, packing, dtype=torch.float32):
     config = OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=64, dropout=0.0, **SHAPE)
     args = SimpleNamespace(model_name_or_path=None), SimpleNamespace(packing=packing)
     model = build_causal_lm(*args, config, load=None)
-    model.config._attn_implementation = attention
+    set_attention(model, attention)
     for parameter in model.parameters():  # far from uniform attention
         torch.nn.init.normal_(parameter, std=0.2)
     ids, labels = torch.randint(VOCABULARY, (2, ROWS, LENGTH))

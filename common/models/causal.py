@@ -76,6 +76,12 @@ def attention_path(config, seq_length, precision, device_type):
     return "plain" if gains and config.model_type == "opt" else "sdpa"
 
 
+def set_attention(model, name):
+    """Give a stock causal model the attention that attention_path named; "sdpa" leaves a family the one it has."""
+    if name != "sdpa":
+        model.config._attn_implementation = name
+
+
 def causal_config(model_args, data_args):
     """The configuration of a run's model: of existing weights, of a file, or of a family with a size.
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
+from common.models.causal import set_attention
 from common.models.layers import make_fast, use_attention
 from common.models.mlm import FAMILIES
 from common.models.presets import feed_forward_size
@@ -167,7 +168,7 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
             batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
             run = model
         else:
-            model.config._attn_implementation = attention
+            set_attention(model, attention)
             mask = same_document_mask(ids, torch.float32)
             batch = {"attention_mask": mask, "position_ids": ids} if packed else {}
             run = model.base_model

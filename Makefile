@@ -26,7 +26,6 @@ bench: setup
 	$(PYTHON) -m benchmarks.bench_data
 	$(PYTHON) -m benchmarks.bench_pretraining
 	$(PYTHON) -m benchmarks.bench_glue
-	$(PYTHON) -m benchmarks.bench_memory
 	$(PYTHON) -m benchmarks.bench_clm
 	$(PYTHON) -m benchmarks.bench_loss_memory
 	$(PYTHON) -m benchmarks.bench_memory

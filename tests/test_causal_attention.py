@@ -39,6 +39,7 @@ def test_plain_attention_is_opts_own(packing):
     assert (gradients("plain", packing) - expected).norm() <= 1e-5 * expected.norm()
     away = {name: (gradients(name, packing, torch.bfloat16) - expected).norm() for name in ("plain", "sdpa")}
     assert 0 < away["plain"] <= 1.2 * away["sdpa"], away
+    assert away["plain"] != away["sdpa"]  # else both took the same path
 
 
 def test_which_runs_take_it():

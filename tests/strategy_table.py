@@ -23,11 +23,11 @@ def write(reports, every):
 
     Args:
         reports: of pytest, of the tests that ran; every: whether those are all there are, else what is known of the
-            others stays, with the commit that it is of.
+            others that are still there stays, with the commit that it is of.
     """
     words = ["git", "describe", "--always", "--dirty"]
     head = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
-    known = {} if every else json.loads(RESULTS.read_text())
+    known = {} if every else {test: row for test, row in json.loads(RESULTS.read_text()).items() if _exists(test)}
     for report in reports:
         shown = dict(report.user_properties)
         if "strategy" in shown:
@@ -62,6 +62,12 @@ def describe(path):
     text = " ".join(line.removeprefix("# ") for line in head.splitlines())
     what, when = re.match(r"(.*?)\. Choose it (.*?)(?:\. |\.?$)", text).groups()
     return what, when
+
+
+def _exists(test):
+    file, function = test.split("[")[0].split("::")
+    path = REPOSITORY / file
+    return path.exists() and f"def {function}(" in path.read_text()
 
 
 def _cell(tests):

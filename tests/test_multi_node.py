@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 from test_launch import wait_until_gone
-from test_strategies import SCRIPTS, command
 
 from common.checkpoint import complete_checkpoints
 from harness import REPOSITORY, Machine, free_port, wait_all
 from pretraining import assert_same_run, fp32_copy, losses, results, training_rows, wait_for_step, weights
+from strategies import SCRIPTS, command
 from stub_shell import Shell, executable, flag
 
 ADDRESSES = "10.77.0.1", "10.77.0.2"

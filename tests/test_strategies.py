@@ -1,62 +1,15 @@
-"""Every YAML computes what one process computes, holds what its strategy lets it hold, goes on where it was killed.
-
-20 steps of 16 rows, cut so that every row accumulates 2 micro-batches, with clipping active and dropout 0.
-"""
-
-import signal
-from typing import NamedTuple
+"""Every YAML computes what one process computes, holds what its strategy lets it hold, and says what it cannot do."""
 
 import pytest
 import strategy_table
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from causal import OVERRIDES, causal_run
-from common.checkpoint import latest_checkpoint
 from harness import REPOSITORY
-from pretraining import assert_same_run, fp32_copy, losses, results, small_run, training_rows, wait_for_step, weights
+from pretraining import fp32_copy, losses, results, training_rows, weights
+from strategies import ALONE, CASES, FIRST, MODELS, SCRIPTS, command, launch
 
-
-class Case(NamedTuple):
-    """strategy: what the run must say it is; ranks; parameters and optimizer: the share of them on each rank; slices:
-    of each layer, where only layers are cut into that many, before the shares."""
-
-    strategy: str
-    ranks: int
-    parameters: float = 1.0
-    optimizer: float = 1.0
-    slices: int = 1
-
-    @property
-    def readers(self):
-        """Ranks that read different rows."""
-        return self.ranks // self.slices
-
-
-CASES = {
-    "ddp": Case("data parallel (DDP)", 2),
-    "zero1": Case("DeepSpeed ZeRO-1", 2, optimizer=1 / 2),
-    "zero2": Case("DeepSpeed ZeRO-2", 2, optimizer=1 / 2),
-    "zero3": Case("DeepSpeed ZeRO-3", 2, 1 / 2, 1 / 2),
-    "zero2_offload": Case("DeepSpeed ZeRO-2 (optimizer on cpu)", 2, optimizer=1 / 2),
-    "zero3_offload": Case("DeepSpeed ZeRO-3 (optimizer on cpu, parameters on cpu)", 2, 1 / 2, 1 / 2),
-    "fsdp": Case("FSDP2, cut in 2", 2, 1 / 2, 1 / 2),
-    "fsdp_offload": Case("FSDP2, cut in 2, parameters and optimizer on the CPU", 2, 1 / 2, 1 / 2),
-    "hsdp": Case("HSDP, 2 copies cut in 2", 4, 1 / 2, 1 / 2),
-    "tensor_parallel": Case("tensor parallel, layers in 2 slices", 2, slices=2),
-    "tensor_parallel_fsdp": Case("tensor parallel, layers in 2 slices, FSDP2, cut in 2", 4, 1 / 2, 1 / 2, slices=2),
-}
-ALONE = dict.fromkeys(("cpu", "single_gpu"), Case("single process", 1))  # BERT's rows are in test_parity.py
 TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
 GPUS_ALONE = {"fp8"}  # see test_fp8.py
-MODELS = {
-    "bert": AutoModelForMaskedLM,
-    "opt": AutoModelForCausalLM,
-    "pre-norm": AutoModelForMaskedLM,
-    "llama": AutoModelForCausalLM,
-}
-SCRIPTS = {name: "run_clm.py" if name in ("opt", "llama") else "run_pretraining.py" for name in MODELS}
-FIRST = ("zero2", "fsdp", "tensor_parallel")  # whose other rows are not left to the exhaustive suite either
 GRID = [
     pytest.param(
         name, model, marks=() if model == "bert" or (model == "opt" and name in FIRST) else pytest.mark.exhaustive
@@ -70,24 +23,6 @@ GRID += [pytest.param(name, "opt", marks=pytest.mark.exhaustive) for name in ALO
 # where there are any, the biases of what is cut by its outputs.
 SLICED = dict.fromkeys(MODELS, 2 * (4 * 32 * 32 + 3 * 32 + 2 * 64 * 32 + 64))
 SLICED["llama"] = 2 * (3 * 32 * 32 + 3 * 64 * 32)  # two heads of keys and values for four of queries
-LLAMA = (
-    "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2,head_dim=8,intermediate_size=64"
-)
-
-
-def command(model, corpus, cache, out, readers, *flags, dropout=0.0):
-    """20 steps of 16 rows in 2 micro-batches on each of `readers` processes, or of the slices of one."""
-    flags = ["--per_device_train_batch_size", 8 // readers, "--learning_rate", 3e-3, *flags]
-    flags = ["--optimizer_type", "adamw", "--max_grad_norm", 0.2, *flags]
-    if model in ("bert", "pre-norm"):
-        flags += ["--hidden_dropout_prob", dropout, "--attention_probs_dropout_prob", dropout]
-        flags += ["--encoder_ln_mode", "pre-ln"] if model == "pre-norm" else []
-        return small_run(corpus, cache, out, *flags, steps=20, batch=16)
-    overrides = f"{OVERRIDES},dropout={dropout},attention_dropout={dropout}"
-    if model == "llama":
-        flags += ["--model_type", "llama"]
-        overrides = f"{LLAMA},max_position_embeddings=128,attention_dropout={dropout}"
-    return causal_run(corpus, cache, out, *flags, steps=20, batch=16, overrides=overrides)
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +39,6 @@ def single(harness, tiny_corpus, cache, tmp_path_factory):
         return done[model]
 
     return run
-
-
-def launch(harness, name, tmp_path, words):
-    """Run a YAML's ranks to their end. Returns: what rank 0 printed."""
-    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    ranks = harness.launch(*words, config=config, num_processes=None)
-    for rank in ranks:
-        rank.check()
-    assert len(ranks) == (CASES | ALONE)[name].ranks and not any(rank.stdout for rank in ranks[1:])
-    return ranks[0].stdout
 
 
 def test_every_yaml_has_its_row():
@@ -146,51 +71,6 @@ def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path
     assert max(float((saved[key] - expected[key]).abs().max()) for key in saved) < 1e-5
     _, info = MODELS[model].from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FIRST else pytest.mark.exhaustive) for n in CASES if n != "ddp"],
-)
-def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path, shows, name):
-    shows(name, SCRIPTS["bert"], CASES[name].ranks)
-    whole, killed, case = tmp_path / "whole", tmp_path / "killed", CASES[name]
-    flags = ["--checkpointing_steps", 3]
-    words = [command("bert", tiny_corpus, cache, out, case.readers, *flags, dropout=0.1) for out in (whole, killed)]
-    launch(harness, name, tmp_path, words[0])
-    config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    processes = harness.start_ranks(*words[1], config=config, num_processes=None)
-    wait_for_step(processes[0], killed, 7)
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none of them sees another die and ends by itself
-        for process in processes:
-            process.signal(number)
-    assert [process.wait().returncode for process in processes] == [-9] * case.ranks
-    assert latest_checkpoint(killed).name in ("step_6", "step_9", "step_12", "step_15", "step_18")
-    launch(harness, name, tmp_path, [*words[1], "--resume_from_checkpoint", "latest"])
-    assert_same_run(whole, killed)
-
-
-CHANGES = [("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "hsdp"), ("hsdp", "ddp"), ("zero1", "zero2_offload")]
-CHANGES += [("tensor_parallel", "zero2"), ("zero2", "tensor_parallel")]
-CHANGES += [("fsdp", "tensor_parallel_fsdp"), ("tensor_parallel_fsdp", "tensor_parallel")]
-
-
-@pytest.mark.parametrize(
-    "first, second",
-    [pytest.param(*pair, marks=() if {*pair} <= {*FIRST} else pytest.mark.exhaustive) for pair in CHANGES],
-)
-def test_a_run_continues_under_another_yaml(harness, single, tiny_corpus, cache, tmp_path, shows, first, second):
-    shows(second, SCRIPTS["bert"], CASES[second].ranks)
-    out, one = tmp_path / "run", single("bert")
-    config = fp32_copy(f"accelerate_configs/{first}.yaml", tmp_path)
-    words = command("bert", tiny_corpus, cache, out, CASES[first].readers)
-    processes = harness.start_ranks(*words, config=config, num_processes=None)
-    wait_for_step(processes[0], out, 5)
-    processes[0].signal(signal.SIGTERM)
-    assert {process.wait().returncode for process in processes} == {143}
-    words = command("bert", tiny_corpus, cache, out, CASES[second].readers, "--resume_from_checkpoint", "latest")
-    launch(harness, second, tmp_path, words)
-    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zero2", "fsdp"])

@@ -1,4 +1,4 @@
-"""Tensor parallelism beyond what every YAML is tested for in test_strategies.py."""
+"""Tensor parallelism beyond what every YAML is tested for in test_strategies.py and test_strategies_resume.py."""
 
 import json
 

@@ -139,6 +139,7 @@ def main():
         agree_max = parallel.agree_max(accelerator)
         step_log, grad_norm, loss_now, speed, signal = StepLog(accelerator, begun), None, None, None, 0
         totals = {"seconds": 0.0, "tokens": 0}
+        first_step, seconds_left = state.completed_steps, None
         lr_scheduler.step(state.completed_steps / total_steps)
         stop.listen()  # from here on a signal waits for the end of a step
         for batch, number, tokens in batches if state.completed_steps < total_steps else ():
@@ -169,9 +170,10 @@ def main():
                 metrics, interval = step_log.pop()  # waits for the device; raises on NaN
                 totals = {name: totals[name] + interval[name] for name in totals}
                 loss_now, speed = metrics["loss"], interval["tokens"] / interval["seconds"]
+                seconds_left = totals["seconds"] / (step - first_step) * (total_steps - step)
                 row = {"step": step, "epoch": epochs, "learning_rate": learning_rate, "tokens_per_second": speed}
                 metrics_log.write(row | metrics)
-            bar.update(step / total_steps, totals["seconds"], None, step, loss_now, speed)
+            bar.update(step / total_steps, totals["seconds"], seconds_left, step, loss_now, speed)
             every = {"steps": args.eval_steps, "epoch": batches.steps_per_epoch, "no": None}[args.eval_strategy]
             if due(step - 1, step, every) and not done and not signal:
                 with step_log.paused():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 
@@ -173,7 +174,7 @@ def test_stopped_and_killed_runs_continue_as_if_they_had_not_been(harness, whole
         wait_for_step(process, out, step)
         process.signal(number)
         process.wait()
-    harness.run(*words).check()
+    assert re.search(r"rte 100%  \d+:\d\d<0:00, step 30\b", harness.run(*words).check().stderr)
     assert log(out) == log(whole)
     mine, theirs = weights(out), weights(whole)
     assert all(mine[name].equal(theirs[name]) for name in theirs)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import SystemRandom
 from typing import NamedTuple
@@ -34,19 +34,23 @@ GRACE_SECONDS = 30  # what torchrun gives the other ranks when one has failed
 
 @dataclass(frozen=True)
 class Result:
-    """A process that ended: its exit code (negative: the signal that ended it) and what it wrote."""
+    """A process that ended: its exit code (negative: the signal that ended it) and what it wrote.
+
+    beside: of the processes that belong to it those that failed, too, as (number, exit code, last lines).
+    """
 
     name: str
     returncode: int
     stdout: str
     stderr: str
+    beside: tuple = ()
 
     def check(self, returncode=0):
         """Fail the test, showing what the process wrote, unless it ended with this exit code; returns self."""
         if self.returncode != returncode:
-            pytest.fail(
-                f"{self.name}: exit code {self.returncode}, not {returncode}\n{tail(self.stdout, self.stderr)}"
-            )
+            others = "".join(f"\n--- process {n} ended with {code}\n{lines}" for n, code, lines in self.beside)
+            ended = f"{self.name}: exit code {self.returncode}, not {returncode}"
+            pytest.fail(f"{ended}\n{tail(self.stdout, self.stderr)}{others}")
         return self
 
 
@@ -130,7 +134,11 @@ def wait_all(processes, timeout=300):
         returncodes = [process.poll() for process in processes]
         now = time.monotonic()
         if None not in returncodes:
-            return [process.result() for process in processes]
+            failed = [(number, code, processes[number].tail()) for number, code in enumerate(returncodes) if code]
+            return [
+                replace(process.result(), beside=tuple(row for row in failed if row[0] != number))
+                for number, process in enumerate(processes)
+            ]
         if failed_at is None and any(returncodes):
             failed_at = now
         late = now > deadline

@@ -190,6 +190,15 @@ def test_two_ranks_meet(harness, script, tmp_path):
     assert [rank.check().stdout for rank in ranks] == ["3.0 one two=3 bf16 ['--name', 'a b']\n"] * 2
 
 
+def test_a_failure_shows_what_the_other_ranks_wrote(harness, script):
+    path = script("import os, sys\nrank = os.environ['RANK']\nprint('this is', rank)\nsys.exit(3 + int(rank))")
+    first, second = harness.launch(path)
+    shown = r"exit code 3, not 0\n[^$]*this is 0\n[^$]*process 1 ended with 4\n[^$]*this is 1"
+    with pytest.raises(pytest.fail.Exception, match=shown):
+        first.check()
+    assert second.check(4) == second
+
+
 def test_one_rank_of_two_can_be_signalled(harness, script):
     path = script("import os, time\nprint('rank', os.environ['RANK'])\ntime.sleep(60)")
     ranks = harness.start_ranks(path)

@@ -88,7 +88,7 @@ download() {
 }
 
 no_network() {
-    echo "error: $1 cannot be downloaded ($fault). With a network, run this again: it goes on where it stopped." \
+    echo "error: $1 cannot be downloaded (${fault##*$'\n'}). With a network, run this again: it goes on where it stopped." \
         "Without one, fetch these files elsewhere, copy them to $downloads, and run this again:" >&2
     for task in $chosen; do
         for path in $(files_of "$task"); do echo "  https://dl.fbaipublicfiles.com/$path" >&2; done

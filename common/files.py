@@ -1,4 +1,4 @@
-"""Files that must be found whole again: checksums, and waiting until they are on the disk."""
+"""Files that must be found whole again: checksums, waiting until they are on the disk, taking their place at once."""
 
 import os
 import zlib
@@ -36,3 +36,12 @@ def flush(path_or_file):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path, text):
+    """Write a text file that is there whole or not at all. Args: path: Path; text: str."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with open(unfinished, "w") as file:
+        file.write(text)
+        flush(file)
+    unfinished.replace(path)

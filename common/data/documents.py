@@ -97,8 +97,7 @@ def read_documents(
     Raises:
         UserError: a missing, empty, binary or damaged file, or too many bad records.
     """
-    if not document_separator:
-        raise UserError("--document_separator is empty; give line, blank_line, file or the text that ends a document")
+    check_separator(document_separator)
     for path in files:
         with _reading(path):
             if path.stat().st_size == 0:
@@ -116,6 +115,12 @@ def read_documents(
                 document = document.strip()
                 if document:
                     yield document
+
+
+def check_separator(document_separator: str) -> None:
+    """Raise UserError where what ends a document is nothing."""
+    if not document_separator:
+        raise UserError("--document_separator is empty; give line, blank_line, file or the text that ends a document")
 
 
 @contextmanager

@@ -251,7 +251,7 @@ def _write_token_files(folder: Path, parts, tokenizer, data_args, say) -> None:
     seconds = time.monotonic() - began
     skipped = f", {bad_records.count} bad records skipped" if bad_records.count else ""
     say(
-        f"data: {len(train.lengths):,} documents for training and {len(validation.lengths):,} for validation, "
+        f"data: {train.num_documents:,} documents for training and {validation.num_documents:,} for validation, "
         f"{characters / 1e6:.1f} MB of text, {(train.num_tokens + validation.num_tokens) / 1e6:.2f} M tokens "
         f"in {seconds:.1f} s{skipped}"
     )

@@ -12,7 +12,7 @@ import copy
 import json
 import struct
 import zlib
-from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +48,35 @@ def _paths(prefix: str | Path) -> dict[str, Path]:
     return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
 
 
+def _lengths_path(prefix: str | Path) -> dict[str, Path]:
+    return {"lengths": Path(f"{prefix}.lengths")}  # of the documents, until there is an index
+
+
 class TokenFileWriter:
-    """Write documents of one sequence each to prefix.bin, .idx and .json; nothing stands under these names before
-    finish(). Used as a context manager, it removes what is unfinished.
+    """Write documents of one sequence each to prefix.bin, .idx and .json, in the same memory however many there are;
+    nothing stands under these names before finish(). Used as a context manager, it removes what is unfinished.
 
     Args:
         prefix: path without the ending.
         dtype: numpy integer type of the tokens.
+    Attributes:
+        num_documents, num_tokens: so far.
     """
 
     def __init__(self, prefix: str | Path, dtype):
         self.paths = _paths(prefix)
-        self.unfinished = {kind: Path(f"{path}.tmp") for kind, path in self.paths.items()}
+        self.unfinished = {kind: Path(f"{path}.tmp") for kind, path in (self.paths | _lengths_path(prefix)).items()}
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.lengths = array("i")
-        self.num_tokens = 0
-        self.checksum = 0
+        self.num_documents = self.num_tokens = self.checksum = 0
         self.file = open(self.unfinished["bin"], "wb")
+        self.lengths = open(self.unfinished["lengths"], "wb")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.file.close()
+        self.lengths.close()
         for path in self.unfinished.values():
             path.unlink(missing_ok=True)
 
@@ -84,7 +90,8 @@ class TokenFileWriter:
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self.file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
-        self.lengths.extend(lengths)
+        self.lengths.write(np.asarray(lengths, dtype="<i4").tobytes())
+        self.num_documents += len(lengths)
         self.num_tokens += len(tokens)
 
     def finish(self, metadata: dict) -> dict:
@@ -98,35 +105,47 @@ class TokenFileWriter:
         """
         flush(self.file)
         self.file.close()
-        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
-        positions = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=positions[1:])
-        code = next(code for code, dtype in TYPE_CODES.items() if dtype == self.dtype)
-        index = b"".join(
-            (
-                HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1),
-                lengths.astype("<i4").tobytes(),
-                (positions * self.dtype.itemsize).astype("<i8").tobytes(),
-                np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
-            )
-        )
+        self.lengths.close()
+        checksum = 0
+        with open(self.unfinished["idx"], "wb") as file:
+            for part in self._index():
+                file.write(part)
+                checksum = zlib.crc32(part, checksum)
+            flush(file)
         metadata = {
             "format": FORMAT,
             "unit": "document",
             **metadata,
-            "num_documents": len(lengths),
+            "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "dtype": self.dtype.name,
-            "checksums": {"bin": self.checksum, "idx": zlib.crc32(index)},
+            "checksums": {"bin": self.checksum, "idx": checksum},
         }
-        for kind, content in (("idx", index), ("json", json.dumps(metadata, indent=2).encode() + b"\n")):
-            with open(self.unfinished[kind], "wb") as file:
-                file.write(content)
-                flush(file)
+        with open(self.unfinished["json"], "wb") as file:
+            file.write(json.dumps(metadata, indent=2).encode() + b"\n")
+            flush(file)
         self.paths["json"].unlink(missing_ok=True)  # an older one must not vouch for the new .bin
         for kind, path in self.paths.items():
             self.unfinished[kind].replace(path)
         return metadata
+
+    def _index(self) -> Iterator[bytes]:
+        """What the .idx holds, in parts."""
+        code = next(code for code, dtype in TYPE_CODES.items() if dtype == self.dtype)
+        yield HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1)
+        yield from (part.tobytes() for part in self._length_blocks())
+        position = 0
+        for part in self._length_blocks():
+            ends = position + np.cumsum(part, dtype="<i8") * self.dtype.itemsize
+            yield (ends - part.astype("<i8") * self.dtype.itemsize).tobytes()
+            position = int(ends[-1])
+        for first in range(0, self.num_documents + 1, BLOCK_TOKENS):
+            yield np.arange(first, min(first + BLOCK_TOKENS, self.num_documents + 1), dtype="<i8").tobytes()
+
+    def _length_blocks(self) -> Iterator[np.ndarray]:
+        with open(self.unfinished["lengths"], "rb") as file:
+            while len(part := np.fromfile(file, "<i4", BLOCK_TOKENS)):
+                yield part
 
 
 class TokenFile:

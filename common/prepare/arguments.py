@@ -1,0 +1,125 @@
+"""The command line of prepare_pile_data.py."""
+
+import sys
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
+
+from common import flags
+from common.data.documents import check_separator
+from common.errors import UserError
+
+COMMANDS = ("tokenize", "merge", "inspect")
+KINDS = ("wordpiece", "bpe")
+
+
+@dataclass
+class PrepareArguments:
+    """Flags of tokenize and merge. Several raise UserError."""
+
+    input: list[str] | None = HfArg(
+        default=None, help="Files, folders or globs: txt, json, jsonl (also compressed), parquet."
+    )
+    output_dir: str = HfArg(default="prepared", help="Gets shards/, tokenizer/ and train, validation, test.")
+    num_shards: int | None = HfArg(default=None, help="Parts that are done one by one. Default: one for each file.")
+    shard_index: int | None = HfArg(default=None, help="tokenize: this shard alone, from 0, as in a job array.")
+    text_column: str = HfArg(default="text", help="JSON key or parquet column that holds the text.")
+    document_separator: str = HfArg(
+        default="line", help="What ends a document of txt: line, blank_line, file, or this."
+    )
+    max_bad_records: int = HfArg(default=0, help="Unreadable records that each shard skips.")
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Hub name, folder, tokenizer.json or vocab.txt. Default: train one."
+    )
+    tokenizer_type: str = HfArg(default="wordpiece", help="What is trained: wordpiece (BERT) or bpe (OPT).")
+    tokenizer_train_vocab_size: int = HfArg(default=30528, help="Most tokens of a trained tokenizer.")
+    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
+    trust_remote_code: bool = HfArg(default=False, help="Let code that comes with a tokenizer run.")
+    append_eod: bool = HfArg(
+        default=False, help="End every document with the end-of-text token, as Megatron does for GPT."
+    )
+    validation_split_percentage: float = HfArg(default=1.0, help="Share of the documents for validation.")
+    test_split_percentage: float = HfArg(default=1.0, help="Share of the documents for test.")
+    deduplicate: bool = HfArg(default=True, help="Keep the first of equal documents alone.")
+    workers: int | None = HfArg(default=None, help="Tokenizing processes, up to 0.5 GB each. Default: the cores.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Prepare again what was prepared with other settings.")
+
+    def __post_init__(self):
+        for name in ("num_shards", "workers", "tokenizer_train_vocab_size"):
+            flags.at_least(self, name, 1)
+        for name in ("shard_index", "max_bad_records"):
+            flags.at_least(self, name, 0)
+        flags.one_of("tokenizer_type", self.tokenizer_type, KINDS)
+        check_separator(self.document_separator)
+        for name in ("validation_split_percentage", "test_split_percentage"):
+            flags.between(self, name, 0, 100)
+        if self.validation_split_percentage + self.test_split_percentage >= 100:
+            raise UserError("--validation_split_percentage and --test_split_percentage leave nothing for training")
+
+
+@dataclass
+class InspectArguments:
+    """Flags of inspect."""
+
+    num_samples: int = HfArg(default=3, help="Documents to decode.")
+    seed: int = HfArg(default=0, help="Chooses them.")
+    tokenizer_name: str | None = HfArg(default=None, help="Default: the folder tokenizer beside the files.")
+
+    def __post_init__(self):
+        flags.at_least(self, "num_samples", 0)
+
+
+def parse_command(argv=None):
+    """Read the command line.
+
+    Args:
+        argv: words without the program's name; None: sys.argv[1:].
+    Returns:
+        (command, words, arguments): "tokenize", "merge", "inspect" or "all"; the words before the first flag; a
+        PrepareArguments or InspectArguments.
+    Raises:
+        UserError: what does not fit.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "all"
+    words = []
+    while argv and not argv[0].startswith("-"):
+        words.append(argv.pop(0))
+    if command in ("merge", "all") and words:
+        known = f"{', '.join(COMMANDS)}, or nothing for all of it"
+        raise UserError(f"{words[0]!r} is no command: give {known}; text is named by --input")
+    if command == "inspect":
+        (arguments,) = flags.parse([InspectArguments], argv)
+        if len(words) != 1:
+            raise UserError("inspect takes one path: a folder that was prepared, or a token file without its ending")
+        return command, words, arguments
+    (arguments,) = flags.parse([PrepareArguments], argv)
+    if words and arguments.shard_index is not None:
+        raise UserError(f"shards {' '.join(words)} and --shard_index {arguments.shard_index}: give one of them")
+    return command, words, arguments
+
+
+def chosen_shards(words, shard_index, count):
+    """The shards that a command line asks for.
+
+    Args:
+        words: two numbers, the first shard and the last; or one or several in any other number ("3", "3,5,8",
+            "0 4 7"); none for all. shard_index: instead, or None. count: how many there are.
+    Returns:
+        list of their numbers, ascending.
+    Raises:
+        UserError: no number, or no such shard.
+    """
+    if shard_index is not None:
+        words = [f"{shard_index},"]
+    if not words:
+        return list(range(count))
+    try:
+        numbers = [int(part) for word in words for part in word.split(",") if part]
+    except ValueError:
+        raise UserError(f"shards {' '.join(words)}: give the first and the last, or a list as 3,5,8") from None
+    if len(words) == 2 and len(numbers) == 2:
+        numbers = list(range(numbers[0], numbers[1] + 1))
+    if not numbers or not all(0 <= number < count for number in numbers):
+        raise UserError(f"shards {' '.join(words)}: there are {count}, from 0 to {count - 1}")
+    return sorted(set(numbers))

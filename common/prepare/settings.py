@@ -1,0 +1,123 @@
+"""What decides the bytes of prepared data: the tokenizer, and every flag that changes what is written."""
+
+import json
+from dataclasses import dataclass, field
+
+import filelock
+
+from common.data.documents import BadRecords
+from common.data.prepare import TOKENIZER_SAMPLE_CHARACTERS
+from common.data.tokenizers import (
+    CAUSAL,
+    MASKED,
+    TokenizerKind,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from common.errors import UserError
+from common.files import write_whole
+from common.prepare.shards import refuse_other_settings
+from common.prepare.tokenize import shard_documents
+
+VERSION = 1
+KINDS = {"wordpiece": MASKED, "bpe": CAUSAL}
+ANY = TokenizerKind("tokenizer", (), "a tokenizer", train=None)  # what it is for is not known yet
+NO_DOCUMENTS = "the input holds no documents (nothing but white space?); check --input and --text_column"
+READING = ("text_column", "document_separator", "max_bad_records", "append_eod")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a prepared folder.
+
+    tokenizer: transformers' fast one. tokenizer_name: where it is from. shared: dict of what all shards are made with.
+    """
+
+    tokenizer: object = field(repr=False)
+    tokenizer_name: str
+    shared: dict
+
+    @property
+    def vocab_size(self):
+        """The largest id plus one."""
+        return vocabulary_size(self.tokenizer)
+
+    @property
+    def backend_json(self):
+        """What makes the tokenizer again."""
+        return self.tokenizer.backend_tokenizer.to_str()
+
+    @property
+    def eod(self):
+        """The id that ends every document, or None."""
+        return self.tokenizer.eos_token_id if self.shared["append_eod"] else None
+
+    def of_shard(self, shard):
+        """dict of JSON values that decide a shard's bytes."""
+        parts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, *cut] for path, *cut in shard.parts]
+        return self.shared | {"input": parts}
+
+    def of_token_file(self):
+        """dict for the .json of a token file."""
+        roles = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+        found = {role: getattr(self.tokenizer, f"{role}_token_id") for role in roles}
+        return {
+            "tokenizer_name": self.tokenizer_name,
+            "tokenizer_fingerprint": self.shared["tokenizer"],
+            "vocab_size": self.vocab_size,
+            "special_ids": {role: number for role, number in found.items() if number is not None},
+        }
+
+
+def make_settings(args, shards, folder, say):
+    """The settings of a command line; where no tokenizer is named, one is trained, once, and kept in the folder.
+
+    Args:
+        args: PrepareArguments; shards: list of Shard; folder: Path, the output's, which exists; say: function that
+            prints a line.
+    Returns:
+        Settings.
+    Raises:
+        UserError: a tokenizer that cannot be used, a folder that was prepared with other settings.
+    """
+    asked = {"version": VERSION, "num_shards": len(shards)} | {name: getattr(args, name) for name in READING}
+    named = args.tokenizer_name
+    asked["trained"] = None if named else [args.tokenizer_type, args.tokenizer_train_vocab_size]
+    recorded = folder / "settings.json"
+    with filelock.FileLock(folder / ".settings.lock"):
+        known = json.loads(recorded.read_bytes()) if recorded.exists() else None
+        if known:
+            refuse_other_settings(recorded, known, asked)
+        if named:
+            tokenizer = load_tokenizer(named, args.cache_dir, args.trust_remote_code, ANY)
+        elif known:
+            tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=ANY)
+        else:
+            tokenizer = _train(KINDS[args.tokenizer_type], args, shards, say)
+        shared = asked | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+        if known:
+            refuse_other_settings(recorded, known, shared)
+        if args.append_eod and tokenizer.eos_token_id is None:
+            raise UserError("--append_eod: the tokenizer has no end-of-text token; name another with --tokenizer_name")
+        if not known:
+            tokenizer.save_pretrained(folder / "tokenizer")
+            write_whole(recorded, json.dumps(shared, indent=2) + "\n")
+    return Settings(tokenizer, named or "trained on the data", shared)
+
+
+def _train(kind, args, shards, say):
+    sample, size, bad_records = [], 0, BadRecords(args.max_bad_records)
+    for shard in shards:
+        for document in shard_documents(shard, args, bad_records):
+            sample.append(document)
+            size += len(document)
+            if size >= TOKENIZER_SAMPLE_CHARACTERS:
+                break
+        if size >= TOKENIZER_SAMPLE_CHARACTERS:
+            break
+    if not sample:
+        raise UserError(NO_DOCUMENTS)
+    tokenizer = kind.train(sample, args.tokenizer_train_vocab_size)
+    say(f"tokenizer: trained a {kind.name} of {len(tokenizer):,} on {size / 1e6:.1f} MB of text")
+    return tokenizer

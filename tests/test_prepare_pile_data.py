@@ -1,0 +1,285 @@
+"""prepare_pile_data.py: raw text to token files, in shards, whole or not at all."""
+
+import bz2
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from common.data.token_files import TokenFile
+from common.data.tokenizers import load_tokenizer
+from common.errors import UserError
+from common.prepare.arguments import chosen_shards, parse_command
+from common.prepare.merge import find_repeated, split_of
+from common.prepare.settings import ANY
+from common.prepare.shards import plan_shards
+from harness import REPOSITORY
+
+WORDS = [f"word{number}" for number in range(300)]
+
+
+def texts(number, seed=0):
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(1, 60))) + f" {place}" for place in range(number)]
+
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two files of distinct documents, with repetitions within a file and over both."""
+    found = texts(900)
+    write_lines(tmp_path / "a.txt", found[:500] + found[:20])
+    write_lines(tmp_path / "b.txt", found[480:])
+    return tmp_path
+
+
+@pytest.fixture
+def prepare(harness, corpus, tmp_path):
+    def run(*words, out="out", code=0, text=None):
+        flags = ["--input", *(text or [corpus / "a.txt", corpus / "b.txt"]), "--output_dir", tmp_path / str(out)]
+        flags += [
+            "--tokenizer_train_vocab_size",
+            400,
+            "--validation_split_percentage",
+            10,
+            "--test_split_percentage",
+            5,
+        ]
+        return harness.run("prepare_pile_data.py", *words, *flags, "--workers", 1).check(code)
+
+    return run
+
+
+def documents(folder, name, tokenizer=None):
+    """The documents of a split as text."""
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder / "tokenizer")
+    file = TokenFile(folder / name)
+    file.verify()
+    return [
+        tokenizer.decode(file.tokens[start : start + length])
+        for start, length in zip(file.starts, file.lengths, strict=True)
+    ]
+
+
+def content(folder):
+    """What every file that counts holds."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".bin", ".idx") or path.name in ("train.json", "validation.json", "test.json")
+    }
+
+
+# ---- What comes out --------------------------------------------------------------------------------------
+
+
+def test_every_document_once_in_one_split(prepare, tmp_path):
+    said = prepare().stdout
+    splits = {name: documents(tmp_path / "out", name) for name in ("train", "validation", "test")}
+    found = [text for split in splits.values() for text in split]
+    assert sorted(found) == sorted(texts(900))
+    assert 0.05 < len(splits["validation"]) / 900 < 0.15 and 0.02 < len(splits["test"]) / 900 < 0.09
+    assert "40 of 940 documents occurred before" in said
+
+
+def test_the_number_of_shards_changes_nothing_but_the_order(prepare, tmp_path):
+    found = {}
+    for shards in (1, 2, 4, 8):
+        prepare("--num_shards", shards, out=shards)
+        assert len(list((tmp_path / str(shards) / "shards").glob("*.bin"))) == shards
+        splits = {name: sorted(documents(tmp_path / str(shards), name)) for name in ("train", "validation", "test")}
+        found[shards] = splits
+    assert found[1] == found[2] == found[4] == found[8]
+
+
+def test_other_processes_write_the_same(prepare, harness, corpus, tmp_path):
+    prepare()
+    prepare("--workers", 2, out="two")
+    assert content(tmp_path / "out") == content(tmp_path / "two")
+
+
+def test_shards_by_themselves_and_then_together(prepare, tmp_path):
+    prepare("--num_shards", 4)
+    for words in (["0", "1"], ["--shard_index", 2]):
+        prepare("tokenize", *words, "--num_shards", 4, out="parts")
+    error = prepare("merge", "--num_shards", 4, out="parts", code=2).stderr
+    assert "error: shards 3 are missing: tokenize 3," in error
+    prepare("tokenize", "3,", "--num_shards", 4, out="parts")
+    prepare("merge", "--num_shards", 4, out="parts")
+    assert content(tmp_path / "out") == content(tmp_path / "parts")
+
+
+def test_a_finished_one_does_nothing_and_another_setting_is_refused(prepare, tmp_path):
+    prepare()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.bin")}
+    assert "finished already" in prepare().stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.bin")} == before
+    error = prepare("--append_eod", code=2).stderr
+    assert "made with another append_eod (false, now true)" in error and "--overwrite_output_dir" in error
+    prepare("--document_separator", "file", "--overwrite_output_dir")
+    assert TokenFile(tmp_path / "out" / "train").num_documents == 2
+
+
+def test_pretraining_reads_it(prepare, harness, tmp_path):
+    prepare()
+    flags = ["--dataset_path", tmp_path / "out", "--model_size", "tiny", "--max_train_steps", 3, "--fp32"]
+    ran = harness.run(
+        "run_pretraining.py", *flags, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache"
+    )
+    assert "documents" in ran.check().stdout
+
+
+def test_megatrons_own_file_byte_for_byte(harness, data_folder, tmp_path):
+    genuine = data_folder / "megatron"
+    original = TokenFile(genuine / "meg-gpt2-openwebtext_text_document")
+    assert original.num_documents == 1000
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((genuine / f"gpt2-tiny-{name}").read_bytes())
+    tokenizer = load_tokenizer(str(folder), kind=ANY)
+    with open(tmp_path / "text.jsonl", "w") as file:
+        for start, length in zip(original.starts, original.lengths, strict=True):
+            ids = original.tokens[start : start + length]
+            assert ids[-1] == tokenizer.eos_token_id
+            file.write(json.dumps({"text": tokenizer.decode(ids[:-1])}) + "\n")
+    flags = ["--input", tmp_path / "text.jsonl", "--tokenizer_name", folder, "--append_eod", "--deduplicate", "false"]
+    flags += ["--validation_split_percentage", 0, "--test_split_percentage", 0, "--output_dir", tmp_path / "out"]
+    harness.run("prepare_pile_data.py", *flags, "--workers", 1).check()
+    assert (tmp_path / "out" / "train.bin").read_bytes() == original.paths["bin"].read_bytes()
+    assert not (tmp_path / "out" / "validation.bin").exists()
+
+
+# ---- Interruptions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_killed_and_finished_with_the_same_bytes(tmp_path, kills):
+    for number in range(6):
+        write_lines(tmp_path / f"{number}.txt", texts(3000, number))
+    words = [sys.executable, "prepare_pile_data.py", "--input", *sorted(map(str, tmp_path.glob("*.txt")))]
+    words += ["--tokenizer_name", "", "--workers", "2"]
+
+    def start(out):
+        words[words.index("--tokenizer_name") + 1] = str(tmp_path / "vocabulary" / "tokenizer")
+        return subprocess.Popen([*words, "--output_dir", str(tmp_path / out)], cwd=REPOSITORY, start_new_session=True)
+
+    train = [sys.executable, "prepare_pile_data.py", "tokenize", "0,", "--input", str(tmp_path / "0.txt")]
+    subprocess.run([*train, "--output_dir", str(tmp_path / "vocabulary")], cwd=REPOSITORY, check=True)
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    whole, chance = time.monotonic() - began, random.Random(kills)
+    for _ in range(kills):
+        process = start("killed")
+        time.sleep(chance.uniform(0, whole))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+# ---- Parts by themselves --------------------------------------------------------------------------------------
+
+
+def test_repeated_documents_across_shards(monkeypatch):
+    monkeypatch.setattr("common.prepare.merge.COMPARED", 7)
+    chance = np.random.default_rng(0)
+    found = [chance.integers(0, 2**64, 40, np.uint64, endpoint=False) for _ in range(3)]
+    found[1][:10], found[2][5:9], found[2][20] = found[0][3:13], found[1][20:24], found[2][0]
+    found[0][0], found[2][30] = 2**64 - 1, 2**64 - 1
+    orders = [hashes.argsort(kind="stable") for hashes in found]
+    marks = find_repeated([hashes[order] for hashes, order in zip(found, orders, strict=True)], orders)
+    seen = set()
+    for hashes, mine in zip(found, marks, strict=True):
+        for value, repeated in zip(hashes.tolist(), mine, strict=True):
+            assert repeated == (value in seen)
+            seen.add(value)
+
+
+def test_splits_follow_the_hash_alone():
+    hashes = np.array([0, 2**63 - 1, 2**63, 2**63 + 2**62 - 1, 2**63 + 2**62, 2**64 - 1], np.uint64)
+    assert split_of(hashes, 50, 25).tolist() == [1, 1, 2, 2, 0, 0]
+    assert split_of(hashes, 0, 0).tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_every_document_is_in_one_shard(tmp_path, count):
+    files = [tmp_path / name for name in "abc"]
+    read = [
+        (path, document)
+        for shard in plan_shards(files, count)
+        for path, first, step in shard.parts
+        for document in range(first, 20, step)
+    ]
+    assert sorted(read) == [(path, document) for path in files for document in range(20)]
+
+
+def test_which_shards():
+    assert chosen_shards([], None, 4) == [0, 1, 2, 3] == chosen_shards(["0", "3"], None, 4)
+    assert chosen_shards(["2"], None, 4) == [2] == chosen_shards([], 2, 4)
+    assert chosen_shards(["0,3"], None, 4) == [0, 3] == chosen_shards(["3", "0", "0"], None, 4)
+    for words in (["4"], ["0", "9"], ["x"], ["-1"], [","]):
+        with pytest.raises(UserError):
+            chosen_shards(words, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tokenise"], "'tokenise' is no command: give tokenize, merge, inspect"),
+        (["inspect"], "inspect takes one path"),
+        (["tokenize", "1", "--shard_index", "2"], "give one of them"),
+        (["--validation_split_percentage", "60", "--test_split_percentage", "40"], "leave nothing for training"),
+        (["--workers", "0"], "--workers 0 is too small"),
+    ],
+)
+def test_bad_commands(words, expected):
+    with pytest.raises(UserError, match=expected):
+        parse_command(words)
+
+
+def test_bad_input_is_one_line_and_finished_shards_stay(prepare, corpus, tmp_path):
+    assert "error: no text" in prepare_error(prepare, ["tokenize"])
+    prepare()
+    tokenizer = "--tokenizer_name", tmp_path / "out" / "tokenizer"
+    (corpus / "c.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
+    error = prepare("tokenize", *tokenizer, code=2, text=[corpus / "a.txt", corpus / "c.jsonl"], out="bad").stderr
+    assert f'{corpus / "c.jsonl"}:2: no column "text"' in error
+    assert [path.name for path in (tmp_path / "bad" / "shards").glob("*.bin")] == ["00000.bin"]
+    (corpus / "d.txt.bz2").write_bytes(bz2.compress(b"some text\n" * 1000)[:-20])
+    assert "cut off" in prepare(code=2, text=[corpus / "d.txt.bz2"], out="cut").stderr
+
+
+def prepare_error(prepare, words):
+    with pytest.raises(UserError) as caught:
+        import prepare_pile_data
+
+        sys.argv[1:] = words
+        prepare_pile_data.main()
+    return f"error: {caught.value}"
+
+
+# ---- A look inside -------------------------------------------------------------------------------------------
+
+
+def test_inspect(prepare, harness, tmp_path):
+    prepare()
+    said = harness.run("prepare_pile_data.py", "inspect", tmp_path / "out", "--num_samples", 2).check().stdout
+    counts = {name: TokenFile(tmp_path / "out" / name).num_documents for name in ("train", "validation", "test")}
+    for name, count in counts.items():
+        assert f"{name}: {count:,} documents" in said
+    assert said.count("  document ") == 2 and "word" in said and "unknown tokens: " in said
+    assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "no such file" in harness.run("prepare_pile_data.py", "inspect", tmp_path / "none").check(2).stderr

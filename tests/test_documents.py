@@ -1,9 +1,13 @@
 """Reading documents: every kind of file gives the same texts, and every kind of damage gives one clear line."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
+import tarfile
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -161,3 +165,70 @@ def test_bad_records_of_parquet(tmp_path):
 
 def test_real_pile_records(data_folder):
     assert len(read(data_folder / "pile" / "sample.jsonl.zst")) == 1045
+
+
+# ---- Tables and archives -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_tables(tmp_path, kind, separator):
+    texts = [*TEXTS, 'with "quotes", commas\tand\na line break', "x" * 200_000]
+    with open(tmp_path / f"a{kind}", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows([["id", "body"], *enumerate(texts)])
+    assert read(tmp_path / f"a{kind}", column="body") == texts
+    assert 'no column "text" (there are: body, id)' in error_of(tmp_path / f"a{kind}")
+
+
+def test_bad_rows_of_tables(tmp_path):
+    path = write(tmp_path / "a.csv", b"id,text\n1,fine\n2\n3,caf\xe9\n\n4,good\n")
+    assert "a.csv:3: 1 columns where the header has 2" in error_of(path)
+    assert 'a.csv:4: "text" is not valid UTF-8' in error_of(path, max_bad_records=1)
+    assert read(path, max_bad_records=2) == ["fine", "good"]
+
+
+def archive(path, members):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:" + (path.suffix[1:] if path.suffix != ".tar" else "")) as file:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz"])
+def test_archives(tmp_path, kind):
+    members = {"d/": b""} if kind == ".zip" else {}
+    members |= {
+        "d/1.jsonl": CONTENTS[".jsonl"].encode(),
+        "d/2.txt.gz": gzip.compress(b"four\nfive\n"),
+        "3.txt": b"six",
+    }
+    assert sorted(read(archive(tmp_path / f"a{kind}", members))) == sorted([*TEXTS, "four", "five", "six"])
+    path = archive(tmp_path / f"bad{kind}", {"in.jsonl": b'{"text": 1}\n'})
+    assert f"{path}!in.jsonl:1: " in error_of(path)
+    whole = path.read_bytes()
+    assert path.name in error_of(write(tmp_path / f"cut{path.name}", whole[: len(whole) // 2]))
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar"])
+@pytest.mark.parametrize("name", ["../a.txt", "/a.txt", "b/../../a.txt"])
+def test_members_outside_their_archive(tmp_path, kind, name):
+    assert "lies outside the archive" in error_of(archive(tmp_path / f"a{kind}", {name: b"text"}))
+
+
+def test_real_archive(data_folder):
+    """Two members of JSON lines whose text is now a string, now a list of paragraphs."""
+    path = data_folder / "pile" / "lm_dataformat_blns.jsonl.zst.tar"
+    expected = []
+    with tarfile.open(path) as file:
+        for name in ("test_dir/2.zst", "test_dir/1.zst"):
+            content = zstandard.ZstdDecompressor().stream_reader(file.extractfile(name)).read().decode()
+            for line in content.splitlines():
+                text = json.loads(line)["text"]
+                expected.append((text if isinstance(text, str) else "\n\n".join(text)).strip())
+    assert read(path) == [text for text in expected if text] and len(expected) == 8

@@ -1,19 +1,17 @@
-"""Text documents out of files: plain text, JSON, JSON lines and parquet, each text kind also compressed."""
+"""Text documents out of files: plain text, JSON, JSON lines, csv, tsv and parquet, also compressed or in archives."""
 
-import bz2
+import csv
 import glob
-import gzip
 import io
 import itertools
 import json
-import lzma
 import os
 import re
-import zlib
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from common.data.streams import Stream, reading, streams
 from common.errors import UserError, first_line
 
 SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearly every binary file does
@@ -21,7 +19,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's \\ud800 without its other ha
 JOINED_CHARACTERS = 1 << 20  # text collected before it is searched for a separator of the user's own
 
 # Text, but not of documents: read line by line it would train on separators and tags.
-NOT_PLAIN_TEXT = (".csv", ".tsv", ".xml", ".html", ".htm", ".yaml", ".yml", ".tar", ".zip", ".pdf")
+NOT_PLAIN_TEXT = (".xml", ".html", ".htm", ".yaml", ".yml", ".pdf", ".7z", ".rar")
+SEPARATED = {".csv": ",", ".tsv": "\t"}
 
 
 class BadRecords:
@@ -89,9 +88,9 @@ def read_documents(
     """Read documents one by one; the kind of a file is told by its name. Empty documents are left out.
 
     Args:
-        files: text (any name not listed here), .json (an array, or JSON lines), .jsonl, each also with .gz, .bz2,
-            .xz or .zst behind it; or .parquet.
-        text_column: JSON key or parquet column that holds the text.
+        files: text (any name not listed here), .json (an array, or JSON lines), .jsonl, .csv and .tsv with a header,
+            .parquet; each also with .gz, .bz2, .xz or .zst behind it, or in a .zip or .tar.
+        text_column: JSON key or column that holds the text.
         document_separator: what ends a document in plain text: "line", "blank_line", "file", or the literal string.
         bad_records: counts what cannot be used.
     Raises:
@@ -99,22 +98,28 @@ def read_documents(
     """
     check_separator(document_separator)
     for path in files:
-        with _reading(path):
+        with reading(path):
             if path.stat().st_size == 0:
                 raise UserError(f"{path}: the file is empty; remove it or give another")
-            name = path.name.lower().removesuffix(_compression(path))
-            if name.endswith(".parquet"):
-                documents = _parquet_documents(path, text_column, bad_records)
-            elif name.endswith((".json", ".jsonl")):
-                documents = _json_documents(path, text_column, bad_records)
-            elif name.endswith(NOT_PLAIN_TEXT):
-                raise UserError(f"{path}: not a kind of file that is read; convert it to txt, jsonl or parquet")
-            else:
-                documents = _text_documents(_lines(path, bad_records), document_separator)
-            for document in documents:
-                document = document.strip()
-                if document:
-                    yield document
+            for stream in streams(path):
+                with reading(stream.where):
+                    for document in _documents(stream, text_column, document_separator, bad_records):
+                        document = document.strip()
+                        if document:
+                            yield document
+
+
+def _documents(stream: Stream, text_column: str, document_separator: str, bad_records: BadRecords) -> Iterator[str]:
+    suffix = Path(stream.name).suffix
+    if suffix == ".parquet":
+        return _parquet_documents(stream, text_column, bad_records)
+    if suffix in (".json", ".jsonl"):
+        return _json_documents(stream, text_column, bad_records)
+    if suffix in SEPARATED:
+        return _table_documents(stream, SEPARATED[suffix], text_column, bad_records)
+    if suffix in NOT_PLAIN_TEXT:
+        raise UserError(f"{stream.where}: not a kind of file that is read; convert it to txt, jsonl or parquet")
+    return _text_documents(_lines(stream, bad_records), document_separator)
 
 
 def check_separator(document_separator: str) -> None:
@@ -123,75 +128,10 @@ def check_separator(document_separator: str) -> None:
         raise UserError("--document_separator is empty; give line, blank_line, file or the text that ends a document")
 
 
-@contextmanager
-def _reading(path: Path):
-    """Turn what a damaged file makes the readers raise into one line."""
-    import zstandard
-
-    try:
-        yield
-    except EOFError as error:
-        raise UserError(f"{path}: the compressed file is cut off; copy or download it again") from error
-    except (zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: not a valid {path.suffix} file ({error}); copy or download it again") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
-
-
-def _compression(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return suffix if suffix in OPENERS else ""
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompress a .zst file of any number of frames. zstandard's own reader takes a cut-off frame for the end."""
-
-    def __init__(self, path: Path):
-        import zstandard
-
-        self.file = open(path, "rb")
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # 2 GB, zstd --long=31
-        self.frame = None  # a decompression that has begun and not ended
-        self.compressed = b""
-        self.ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.ready:
-            if not self.compressed:
-                self.compressed = self.file.read(1 << 17)
-            if not self.compressed:
-                if self.frame:
-                    raise EOFError("the last frame has no end")
-                return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
-            self.ready = memoryview(self.frame.decompress(self.compressed))
-            self.compressed = b""
-            if self.frame.eof:
-                self.compressed, self.frame = self.frame.unused_data, None
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-OPENERS = {
-    "": lambda path: open(path, "rb"),
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _ZstdStream,
-}
-
-
-def _lines(path: Path, bad_records: BadRecords) -> Iterator[tuple[int, str]]:
+def _lines(stream: Stream, bad_records: BadRecords) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its line end); a line that is not UTF-8 is a bad record."""
-    with io.BufferedReader(OPENERS[_compression(path)](path), 1 << 20) as file:
+    path = stream.where
+    with stream.open() as file:
         head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
         if not head:
             raise UserError(f"{path}: the file is empty once decompressed; remove it or give another")
@@ -233,8 +173,8 @@ def _text_documents(lines: Iterator[tuple[int, str]], separator: str) -> Iterato
         yield from "\n".join(pending).split(separator)
 
 
-def _json_documents(path: Path, text_column: str, bad_records: BadRecords) -> Iterator[str]:
-    lines = _lines(path, bad_records)
+def _json_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    path, lines = stream.where, _lines(stream, bad_records)
     first, head = next(((number, text) for number, text in lines if text.strip()), (1, ""))
     if head.lstrip().startswith("["):
         above = "\n" * (first - 1)  # so that a fault is reported with its line in the file
@@ -253,7 +193,7 @@ def _json_documents(path: Path, text_column: str, bad_records: BadRecords) -> It
         yield from _text_of(record, text_column, where, bad_records)
 
 
-def _json_array(path: Path, text: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _json_array(path: str, text: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -280,7 +220,10 @@ def missing_column(text_column: str, columns: Iterable[str]) -> str:
 
 
 def checked_text(text, text_column: str, where: str, bad_records: BadRecords) -> Iterator[str]:
-    """Yield `text` if it is a string of valid Unicode; otherwise count a bad record."""
+    """Yield `text` if it is a string of valid Unicode, or paragraphs of it as lm_dataformat writes them (joined by an
+    empty line, as its reader does); otherwise count a bad record."""
+    if isinstance(text, list) and all(isinstance(part, str) for part in text):
+        text = "\n\n".join(text)
     if not isinstance(text, str):
         bad_records.add(where, f'"{text_column}" is not a string but {type(text).__name__}')
     elif not text.isascii() and SURROGATE.search(text):
@@ -289,12 +232,33 @@ def checked_text(text, text_column: str, where: str, bad_records: BadRecords) ->
         yield text
 
 
-def _parquet_documents(path: Path, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _table_documents(stream: Stream, separator: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+    """Rows of a csv with a header; quoting as in RFC 4180, of a tsv too."""
+    csv.field_size_limit(sys.maxsize)
+    with io.TextIOWrapper(stream.open(), "utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        header = next(rows, [])
+        if text_column not in header:
+            raise UserError(f"{stream.where}: {missing_column(text_column, header)}")
+        column = header.index(text_column)
+        for row in rows:
+            where = f"{stream.where}:{rows.line_num}"
+            if len(row) <= column:
+                if row:
+                    bad_records.add(where, f"{len(row)} columns where the header has {len(header)}")
+            elif SURROGATE.search(row[column]):
+                bad_records.add(where, f'"{text_column}" is not valid UTF-8')
+            else:
+                yield row[column]
+
+
+def _parquet_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    path = stream.where
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with stream.open() as opened, pyarrow.parquet.ParquetFile(opened) as file:
             if text_column not in file.schema_arrow.names:
                 raise UserError(f"{path}: {missing_column(text_column, file.schema_arrow.names)}")
             number = 0

@@ -1,6 +1,7 @@
 """prepare_pile_data.py: raw text to token files, in shards, whole or not at all."""
 
 import bz2
+import io
 import json
 import os
 import random
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
+import zstandard
 from transformers import AutoTokenizer
 
 from common.data.token_files import TokenFile
@@ -212,6 +215,24 @@ def test_splits_follow_the_hash_alone():
     hashes = np.array([0, 2**63 - 1, 2**63, 2**63 + 2**62 - 1, 2**63 + 2**62, 2**64 - 1], np.uint64)
     assert split_of(hashes, 50, 25).tolist() == [1, 1, 2, 2, 0, 0]
     assert split_of(hashes, 0, 0).tolist() == [0] * 6
+
+
+def test_parts_of_the_pile(prepare, harness, data_folder, tmp_path):
+    path, found = data_folder / "pile" / "sample.jsonl.zst", Counter()
+    for record in map(json.loads, io.TextIOWrapper(zstandard.open(path), "utf-8")):
+        found[record["meta"]["pile_set_name"]] += 1
+    vocabulary = data_folder / "vocab" / "bert-base-uncased" / "vocab.txt"
+    flags = ["--tokenizer_name", vocabulary, "--deduplicate", "false", "--num_shards", 3]
+    prepare(*flags, text=[path])
+    (least, number), *_ = found.most_common()[::-1]
+    sources = [TokenFile(tmp_path / "out" / name).metadata["sources"] for name in ("train", "validation", "test")]
+    assert sum((Counter({name: split[name][0] for name in split}) for split in sources), Counter()) == found
+    said = harness.run("prepare_pile_data.py", "inspect", tmp_path / "out").check().stdout
+    assert f" of the tokens: {least} (" in said
+    prepare(*flags, "--components", least, "--test_split_percentage", 0, text=[path], out="part")
+    parts = [TokenFile(path.with_suffix("")) for path in (tmp_path / "part").glob("*.bin")]
+    assert sum(part.num_documents for part in parts) == number
+    assert all(list(part.metadata["sources"]) == [least] for part in parts)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])

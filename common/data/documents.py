@@ -85,6 +85,13 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def read_documents(
     files: Iterable[Path], text_column: str, document_separator: str, bad_records: BadRecords
 ) -> Iterator[str]:
+    """As read_labelled, the texts alone."""
+    return (text for text, _ in read_labelled(files, text_column, document_separator, bad_records))
+
+
+def read_labelled(
+    files: Iterable[Path], text_column: str, document_separator: str, bad_records: BadRecords
+) -> Iterator[tuple[str, str]]:
     """Read documents one by one; the kind of a file is told by its name. Empty documents are left out.
 
     Args:
@@ -93,6 +100,9 @@ def read_documents(
         text_column: JSON key or column that holds the text.
         document_separator: what ends a document in plain text: "line", "blank_line", "file", or the literal string.
         bad_records: counts what cannot be used.
+    Yields:
+        (text, label): label is the part of the corpus that a JSON record names as the Pile's do, in
+        record["meta"]["pile_set_name"]; else "".
     Raises:
         UserError: a missing, empty, binary or damaged file, or too many bad records.
     """
@@ -103,23 +113,27 @@ def read_documents(
                 raise UserError(f"{path}: the file is empty; remove it or give another")
             for stream in streams(path):
                 with reading(stream.where):
-                    for document in _documents(stream, text_column, document_separator, bad_records):
-                        document = document.strip()
-                        if document:
-                            yield document
+                    for text, label in _documents(stream, text_column, document_separator, bad_records):
+                        text = text.strip()
+                        if text:
+                            yield text, label
 
 
-def _documents(stream: Stream, text_column: str, document_separator: str, bad_records: BadRecords) -> Iterator[str]:
+def _documents(
+    stream: Stream, text_column: str, document_separator: str, bad_records: BadRecords
+) -> Iterator[tuple[str, str]]:
     suffix = Path(stream.name).suffix
-    if suffix == ".parquet":
-        return _parquet_documents(stream, text_column, bad_records)
     if suffix in (".json", ".jsonl"):
         return _json_documents(stream, text_column, bad_records)
-    if suffix in SEPARATED:
-        return _table_documents(stream, SEPARATED[suffix], text_column, bad_records)
-    if suffix in NOT_PLAIN_TEXT:
+    if suffix == ".parquet":
+        texts = _parquet_documents(stream, text_column, bad_records)
+    elif suffix in SEPARATED:
+        texts = _table_documents(stream, SEPARATED[suffix], text_column, bad_records)
+    elif suffix in NOT_PLAIN_TEXT:
         raise UserError(f"{stream.where}: not a kind of file that is read; convert it to txt, jsonl or parquet")
-    return _text_documents(_lines(stream, bad_records), document_separator)
+    else:
+        texts = _text_documents(_lines(stream, bad_records), document_separator)
+    return ((text, "") for text in texts)
 
 
 def check_separator(document_separator: str) -> None:
@@ -173,7 +187,7 @@ def _text_documents(lines: Iterator[tuple[int, str]], separator: str) -> Iterato
         yield from "\n".join(pending).split(separator)
 
 
-def _json_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _json_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[tuple[str, str]]:
     path, lines = stream.where, _lines(stream, bad_records)
     first, head = next(((number, text) for number, text in lines if text.strip()), (1, ""))
     if head.lstrip().startswith("["):
@@ -193,7 +207,7 @@ def _json_documents(stream: Stream, text_column: str, bad_records: BadRecords) -
         yield from _text_of(record, text_column, where, bad_records)
 
 
-def _json_array(path: str, text: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _json_array(path: str, text: str, text_column: str, bad_records: BadRecords) -> Iterator[tuple[str, str]]:
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -203,14 +217,17 @@ def _json_array(path: str, text: str, text_column: str, bad_records: BadRecords)
         yield from _text_of(record, text_column, f"{path}: record {number}", bad_records)
 
 
-def _text_of(record, text_column: str, where: str, bad_records: BadRecords) -> Iterator[str]:
-    """Yield the text of one record, or nothing where it is bad."""
+def _text_of(record, text_column: str, where: str, bad_records: BadRecords) -> Iterator[tuple[str, str]]:
+    """Yield the text and the label of one record, or nothing where it is bad."""
     if not isinstance(record, dict):
         bad_records.add(where, f"a JSON object was expected, not {type(record).__name__}")
     elif text_column not in record:
         bad_records.add(where, missing_column(text_column, record))
     else:
-        yield from checked_text(record[text_column], text_column, where, bad_records)
+        meta = record.get("meta")
+        label = meta.get("pile_set_name") if isinstance(meta, dict) else None
+        for text in checked_text(record[text_column], text_column, where, bad_records):
+            yield text, label if isinstance(label, str) else ""
 
 
 def missing_column(text_column: str, columns: Iterable[str]) -> str:

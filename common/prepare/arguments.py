@@ -27,6 +27,9 @@ class PrepareArguments:
     document_separator: str = HfArg(
         default="line", help="What ends a document of txt: line, blank_line, file, or this."
     )
+    components: list[str] | None = HfArg(
+        default=None, help="Parts of the corpus to take, by the Pile's pile_set_name."
+    )
     max_bad_records: int = HfArg(default=0, help="Unreadable records that each shard skips.")
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub name, folder, tokenizer.json or vocab.txt. Default: train one."

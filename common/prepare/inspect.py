@@ -68,6 +68,9 @@ def describe(name, file, tokenizer):
     yield f"  tokens in a document: least {quantiles[0]:,}, quarter {quantiles[1]:,}, half {quantiles[2]:,}, "
     yield f"    three quarters {quantiles[3]:,}, most {quantiles[4]:,}; mean {lengths.mean():,.1f}"
     facts = file.metadata or {}
+    named = {label: counts for label, counts in facts.get("sources", {}).items() if label}
+    for label, (documents, tokens) in sorted(named.items(), key=lambda part: -part[1][1]):
+        yield f"  {tokens / total:6.1%} of the tokens: {label} ({documents:,} documents)"
     if "characters" in facts:
         yield f"  {facts['characters'] / total:.2f} characters in a token"
     if tokenizer is not None and tokenizer.unk_token_id is not None:

@@ -25,9 +25,9 @@ def merge(shards, folder, prepared_with, args, say):
     missing = [str(one.shard.number) for one in files if not one.is_finished(prepared_with.of_shard(one.shard))]
     if missing:
         raise UserError(f"shards {','.join(missing)} are missing: tokenize {','.join(missing)},")
-    opened = [one.open() for one in files]
+    opened = [shard for one in files if (shard := one.open())]
     settings = {
-        "shards": [tokens.metadata["checksums"]["bin"] for tokens, _, _ in opened],
+        "shards": [shard.tokens.metadata["checksums"]["bin"] for shard in opened],
         "deduplicate": args.deduplicate,
         "validation_split_percentage": args.validation_split_percentage,
         "test_split_percentage": args.test_split_percentage,
@@ -35,22 +35,27 @@ def merge(shards, folder, prepared_with, args, say):
     if _is_finished(folder / SPLITS[0], settings):  # the last one to be written
         say(f"{folder}: finished already")
         return
-    total = sum(tokens.num_documents for tokens, _, _ in opened)
-    repeated = find_repeated([hashes for _, hashes, _ in opened], [order for _, _, order in opened])
+    total = sum(shard.tokens.num_documents for shard in opened)
+    repeated = find_repeated([shard.hashes for shard in opened], [shard.documents for shard in opened])
     if not args.deduplicate:
         repeated = [np.zeros_like(marks) for marks in repeated]
     written = {}
     for split, name in reversed(list(enumerate(SPLITS))):
         with TokenFileWriter(folder / name, token_dtype(prepared_with.vocab_size)) as writer:
-            for (tokens, hashes, order), marks in zip(opened, repeated, strict=True):
-                splits = np.empty(len(order), np.uint8)
-                splits[order] = split_of(hashes, args.validation_split_percentage, args.test_split_percentage)
-                copy_documents(writer, tokens, np.flatnonzero((splits == split) & ~marks))
+            sources = {}  # documents and tokens by label
+            for shard, marks in zip(opened, repeated, strict=True):
+                splits = np.empty(len(marks), np.uint8)
+                percentages = args.validation_split_percentage, args.test_split_percentage
+                splits[shard.documents] = split_of(shard.hashes, *percentages)
+                kept = np.flatnonzero((splits == split) & ~marks)
+                copy_documents(writer, shard.tokens, kept)
+                for label, *more in count_sources(shard, kept):
+                    sources[label] = [had + new for had, new in zip(sources.get(label, (0, 0)), more, strict=True)]
             if not writer.num_documents and not split:
                 raise UserError("no documents are left for training: give more text, or hold out less")
             written[name] = writer.num_documents, writer.num_tokens
             if writer.num_documents:
-                writer.finish(prepared_with.of_token_file() | {"settings": settings})
+                writer.finish(prepared_with.of_token_file() | {"sources": sources, "settings": settings})
             else:  # an older one must not stay
                 for path in writer.paths.values():
                     path.unlink(missing_ok=True)
@@ -94,6 +99,16 @@ def find_repeated(hashes, orders):
             found[numbers[begin:end][again[at : at + end - begin]]] = True
             at += end - begin
     return marks
+
+
+def count_sources(shard, documents):
+    """Yield (label, documents, tokens) of every source among some documents. Args: shard: FinishedShard."""
+    labels, sources = shard.tokens.metadata["sources"], shard.sources[documents]
+    counts = np.bincount(sources, minlength=len(labels))
+    tokens = np.bincount(sources, shard.tokens.lengths[documents], len(labels)).astype(int)
+    for number, label in enumerate(labels):
+        if counts[number]:
+            yield label, int(counts[number]), int(tokens[number])
 
 
 def copy_documents(writer, tokens, documents):

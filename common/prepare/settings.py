@@ -24,7 +24,7 @@ VERSION = 1
 KINDS = {"wordpiece": MASKED, "bpe": CAUSAL}
 ANY = TokenizerKind("tokenizer", (), "a tokenizer", train=None)  # what it is for is not known yet
 NO_DOCUMENTS = "the input holds no documents (nothing but white space?); check --input and --text_column"
-READING = ("text_column", "document_separator", "max_bad_records", "append_eod")
+READING = ("text_column", "document_separator", "components", "max_bad_records", "append_eod")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def make_settings(args, shards, folder, say):
 def _train(kind, args, shards, say):
     sample, size, bad_records = [], 0, BadRecords(args.max_bad_records)
     for shard in shards:
-        for document in shard_documents(shard, args, bad_records):
+        for document, _ in shard_documents(shard, args, bad_records):
             sample.append(document)
             size += len(document)
             if size >= TOKENIZER_SAMPLE_CHARACTERS:

@@ -1,8 +1,8 @@
 """Shards: which part of the input each of them reads, and what one that is finished has on the disk.
 
-A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.hashes: uint64 [n] the hashes of
-their texts, ascending, and uint32 [n] the number of the document that each belongs to. The .json comes last and says
-with which settings; without it nothing of the shard counts.
+A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.facts: uint64 [n] the hashes of
+their texts, ascending; uint32 [n] the number of the document that each belongs to; uint16 [n] each document's source,
+a number in the .json's list. The .json comes last and says with which settings; nothing counts without it.
 """
 
 import json
@@ -15,7 +15,7 @@ from common.data.token_files import TokenFile
 from common.errors import UserError
 from common.files import crc32, flush
 
-HASH_BYTES, NUMBER_BYTES = 8, 4
+FACTS = ("<u8", "<u4", "<u2")  # hashes, documents, sources
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ShardFiles:
     def __init__(self, folder, shard):
         self.shard, self.prefix = shard, folder / shard.name
         self.described_in = Path(f"{self.prefix}.json")
-        self.hashes_in = Path(f"{self.prefix}.hashes")
+        self.facts_in = Path(f"{self.prefix}.facts")
 
     def is_finished(self, settings):
         """Whether it is whole and was made with these settings (a dict of JSON values).
@@ -80,36 +80,53 @@ class ShardFiles:
         refuse_other_settings(self.described_in, found, settings)
         return True
 
-    def write_hashes(self, hashes):
-        """Write the hashes of the documents' texts, uint64 [n] in their order. Returns: the CRC-32 of the file."""
-        order = np.argsort(hashes, kind="stable").astype("<u4")
-        unfinished = self.hashes_in.with_suffix(".hashes.tmp")
+    def write_facts(self, hashes, sources):
+        """Write what is known of the documents beside their tokens.
+
+        Args:
+            hashes: uint64 [n] of their texts, in their order; sources: uint16 [n].
+        Returns:
+            the CRC-32 of the file.
+        """
+        order = np.argsort(hashes, kind="stable")
+        unfinished = Path(f"{self.facts_in}.tmp")
         with open(unfinished, "wb") as file:
-            file.write(hashes[order].astype("<u8").tobytes())
-            file.write(order.tobytes())
+            for column, dtype in zip((hashes[order], order, sources), FACTS, strict=True):
+                file.write(column.astype(dtype).tobytes())
             flush(file)
         checksum = crc32(unfinished)
-        unfinished.replace(self.hashes_in)
+        unfinished.replace(self.facts_in)
         return checksum
 
     def open(self):
         """Open a finished shard whose files are what was written.
 
         Returns:
-            (TokenFile, sorted hashes, their documents): memory maps uint64 [n], uint32 [n].
+            FinishedShard; None for one without documents.
         Raises:
             UserError: a file is damaged or missing.
         """
+        if not json.loads(self.described_in.read_bytes())["num_documents"]:
+            return None
         tokens = TokenFile(self.prefix)
         tokens.verify()
-        number = tokens.num_documents
-        size = self.hashes_in.stat().st_size if self.hashes_in.exists() else -1
-        whole = size == (HASH_BYTES + NUMBER_BYTES) * number
-        if not whole or crc32(self.hashes_in) != tokens.metadata.get("hashes"):
-            raise UserError(f"{self.hashes_in}: damaged or missing; remove {self.described_in} and tokenize again")
-        hashes = np.memmap(self.hashes_in, "<u8", "r", shape=(number,))
-        order = np.memmap(self.hashes_in, "<u4", "r", offset=HASH_BYTES * number, shape=(number,))
-        return tokens, hashes, order
+        number, at, columns = tokens.num_documents, 0, []
+        if not self.facts_in.exists() or crc32(self.facts_in) != tokens.metadata.get("facts"):
+            raise UserError(f"{self.facts_in}: damaged or missing; remove {self.described_in} and tokenize again")
+        for dtype in map(np.dtype, FACTS):
+            columns.append(np.memmap(self.facts_in, dtype, "r", offset=at, shape=(number,)))
+            at += number * dtype.itemsize
+        return FinishedShard(tokens, *columns)
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """tokens: TokenFile; hashes, documents, sources: memory maps as described above."""
+
+    tokens: TokenFile
+    hashes: np.ndarray
+    documents: np.ndarray
+    sources: np.ndarray
 
 
 def refuse_other_settings(where, found, wanted):

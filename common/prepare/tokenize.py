@@ -8,7 +8,7 @@ from itertools import islice
 import filelock
 import numpy as np
 
-from common.data.documents import BadRecords, read_documents
+from common.data.documents import BadRecords, read_labelled
 from common.data.sources import document_hash
 from common.data.token_files import TokenFileWriter, token_dtype
 from common.data.tokenizers import corpus_encoder
@@ -46,18 +46,21 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
     bad_records = BadRecords(args.max_bad_records)
     characters = 0
 
+    sources = {}  # numbers by label
+
     def batches():
         nonlocal characters
-        batch, size = [], 0
-        for document in shard_documents(shard, args, bad_records):
+        batch, numbers, size = [], [], 0
+        for document, label in shard_documents(shard, args, bad_records):
             batch.append(document)
+            numbers.append(sources.setdefault(label, len(sources)))
             size += len(document)
             if size >= BATCH_CHARACTERS:
                 characters += size
-                yield batch
-                batch, size = [], 0
+                yield batch, numbers
+                batch, numbers, size = [], [], 0
         characters += size
-        yield batch
+        yield batch, numbers
 
     dtype = token_dtype(prepared_with.vocab_size)
     how = prepared_with.backend_json, np.dtype(dtype).str, prepared_with.eod
@@ -65,20 +68,19 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
         results = map(make_shard_encoder(*how, say), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, say, flag="--workers")
-    hashes = []
+    facts_of_documents = []  # their hashes and the numbers of their sources
     with TokenFileWriter(files.prefix, dtype) as writer:
-        for tokens, lengths, of_texts in results:
+        for tokens, lengths, *of_texts in results:
             writer.append(tokens, lengths)
-            hashes.append(of_texts)
+            facts_of_documents.append(of_texts)
             if time.monotonic() - last_report >= SECONDS_BETWEEN_REPORTS:
                 last_report = time.monotonic()
                 rate = characters / 1e6 / (last_report - began)
                 say(f"shard {shard.number}: {characters / 1e6:,.0f} MB of text so far, {rate:.1f} MB/s")
-        if not writer.num_documents:
-            raise UserError(f"shard {shard.number}: no documents in {shard.parts[0][0]}; check --text_column")
         seconds = time.monotonic() - began
         facts = {"settings": settings, "characters": characters, "bad_records": bad_records.count}
-        facts |= {"seconds": round(seconds, 2), "hashes": files.write_hashes(np.concatenate(hashes))}
+        columns = map(np.concatenate, zip(*facts_of_documents, strict=True))
+        facts |= {"seconds": round(seconds, 2), "sources": list(sources), "facts": files.write_facts(*columns)}
         written = writer.finish(prepared_with.of_token_file() | facts)
     line = {name: written[name] for name in ("num_documents", "num_tokens", "characters", "bad_records", "seconds")}
     with open(files.prefix.parent / "log.jsonl", "a") as log:
@@ -90,10 +92,16 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
 
 
 def shard_documents(shard, args, bad_records):
-    """Yield the documents (str) of a shard. Args: shard: Shard; args: PrepareArguments; bad_records: BadRecords."""
+    """Yield (text, label) of a shard's documents.
+
+    Args:
+        shard: Shard; args: PrepareArguments; bad_records: BadRecords.
+    """
     for path, first, step in shard.parts:
-        documents = read_documents([path], args.text_column, args.document_separator, bad_records)
-        yield from islice(documents, first, None, step)
+        documents = read_labelled([path], args.text_column, args.document_separator, bad_records)
+        for text, label in islice(documents, first, None, step):
+            if args.components is None or label in args.components:
+                yield text, label
 
 
 def make_shard_encoder(backend_json: str, dtype: str, eod: int | None, say: Callable[[str], None]) -> Callable:
@@ -103,17 +111,17 @@ def make_shard_encoder(backend_json: str, dtype: str, eod: int | None, say: Call
         backend_json: the backend tokenizer's to_str(); dtype: numpy integer type of the ids; eod: id that ends every
             document, None for none; say: function that prints.
     Returns:
-        function giving (tokens [T] of dtype, lengths int32 [n], hashes of the texts uint64 [n]); documents without a
-        token are left out.
+        function of (texts, numbers of their sources) giving (tokens [T] of dtype, lengths int32 [n], hashes of the
+        texts uint64 [n], the numbers uint16 [n]); documents without a token are left out.
     """
     encode = corpus_encoder(backend_json, dtype, say)
     end = b"" if eod is None else np.array([eod], dtype).tobytes()
 
-    def encode_shard(documents):
-        kept = [
-            (ids + end, document_hash(text)) for ids, text in zip(encode(documents), documents, strict=True) if ids
-        ]
-        hashes = np.fromiter((found for _, found in kept), np.uint64, len(kept))
-        return *join_ids([ids for ids, _ in kept], dtype), hashes
+    def encode_shard(batch):
+        texts, sources = batch
+        kept = [part for part in zip(encode(texts), texts, sources, strict=True) if part[0]]
+        hashes = np.fromiter((document_hash(text) for _, text, _ in kept), np.uint64, len(kept))
+        numbers = np.fromiter((source for *_, source in kept), np.uint16, len(kept))
+        return *join_ids([ids + end for ids, *_ in kept], dtype), hashes, numbers
 
     return encode_shard

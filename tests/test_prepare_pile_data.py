@@ -235,6 +235,24 @@ def test_parts_of_the_pile(prepare, harness, data_folder, tmp_path):
     assert all(list(part.metadata["sources"]) == [least] for part in parts)
 
 
+def test_sentences_are_sequences_of_their_document(prepare, harness, tmp_path):
+    documents_of = [
+        ["Dr. Smith went to Washington D.C. on Jan. 5th.", "He didn't come back!", '"Why?" she asked.'],
+        ["See fig. 3.2 for details."],
+        ["A third document follows.", "It has two sentences, i.e. not one."],
+    ]
+    with open(tmp_path / "text.jsonl", "w") as file:
+        for sentences in documents_of:
+            file.write(json.dumps({"text": " ".join(sentences[:2]) + "\n\n" + " ".join(sentences[2:])}) + "\n")
+    flags = ["--split_sentences", "--validation_split_percentage", 0, "--test_split_percentage", 0]
+    prepare(*flags, text=[tmp_path / "text.jsonl"])
+    file = TokenFile(tmp_path / "out" / "train")
+    assert file.metadata["unit"] == "sentence" and np.diff(file.documents).tolist() == [3, 1, 2]
+    squeezed = ["".join(text.lower().split()) for text in documents(tmp_path / "out", "train")]
+    assert squeezed == ["".join(text.lower().split()) for parts in documents_of for text in parts]
+    assert ", 6 sentences, " in harness.run("prepare_pile_data.py", "inspect", tmp_path / "out").check().stdout
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_every_document_is_in_one_shard(tmp_path, count):
     files = [tmp_path / name for name in "abc"]

@@ -48,50 +48,53 @@ def _paths(prefix: str | Path) -> dict[str, Path]:
     return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
 
 
-def _lengths_path(prefix: str | Path) -> dict[str, Path]:
-    return {"lengths": Path(f"{prefix}.lengths")}  # of the documents, until there is an index
-
-
 class TokenFileWriter:
-    """Write documents of one sequence each to prefix.bin, .idx and .json, in the same memory however many there are;
-    nothing stands under these names before finish(). Used as a context manager, it removes what is unfinished.
+    """Write documents to prefix.bin, .idx and .json, in the same memory however many there are; nothing stands under
+    these names before finish(). Used as a context manager, it removes what is unfinished.
 
     Args:
         prefix: path without the ending.
         dtype: numpy integer type of the tokens.
     Attributes:
-        num_documents, num_tokens: so far.
+        num_documents, num_sequences, num_tokens: so far.
     """
 
     def __init__(self, prefix: str | Path, dtype):
         self.paths = _paths(prefix)
-        self.unfinished = {kind: Path(f"{path}.tmp") for kind, path in (self.paths | _lengths_path(prefix)).items()}
+        kept = {kind: Path(f"{prefix}.{kind}") for kind in ("lengths", "counts")}  # until there is an index
+        self.unfinished = {kind: Path(f"{path}.tmp") for kind, path in (self.paths | kept).items()}
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.num_documents = self.num_tokens = self.checksum = 0
-        self.file = open(self.unfinished["bin"], "wb")
-        self.lengths = open(self.unfinished["lengths"], "wb")
+        self.num_documents = self.num_sequences = self.num_tokens = self.checksum = 0
+        self.file, self.lengths, self.counts = (open(self.unfinished[kind], "wb") for kind in ("bin", *kept))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.file.close()
-        self.lengths.close()
+        self._close()
         for path in self.unfinished.values():
             path.unlink(missing_ok=True)
 
-    def append(self, tokens: np.ndarray, lengths) -> None:
+    def _close(self) -> None:
+        for file in (self.file, self.lengths, self.counts):
+            file.close()
+
+    def append(self, tokens: np.ndarray, lengths, counts=None) -> None:
         """Append documents.
 
         Args:
             tokens: [sum of lengths] ids of all of them, one after the other.
-            lengths: [n] number of tokens of each.
+            lengths: [n] number of tokens of each sequence.
+            counts: [d] sequences of each document; None: one.
         """
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self.file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
+        counts = np.ones(len(lengths), "<i4") if counts is None else np.asarray(counts, dtype="<i4")
         self.lengths.write(np.asarray(lengths, dtype="<i4").tobytes())
-        self.num_documents += len(lengths)
+        self.counts.write(counts.tobytes())
+        self.num_documents += len(counts)
+        self.num_sequences += len(lengths)
         self.num_tokens += len(tokens)
 
     def finish(self, metadata: dict) -> dict:
@@ -104,8 +107,7 @@ class TokenFileWriter:
             All that the .json says.
         """
         flush(self.file)
-        self.file.close()
-        self.lengths.close()
+        self._close()
         checksum = 0
         with open(self.unfinished["idx"], "wb") as file:
             for part in self._index():
@@ -132,18 +134,23 @@ class TokenFileWriter:
     def _index(self) -> Iterator[bytes]:
         """What the .idx holds, in parts."""
         code = next(code for code, dtype in TYPE_CODES.items() if dtype == self.dtype)
-        yield HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1)
-        yield from (part.tobytes() for part in self._length_blocks())
+        yield HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1)
+        yield from (part.tobytes() for part in self._blocks("lengths"))
         position = 0
-        for part in self._length_blocks():
-            ends = position + np.cumsum(part, dtype="<i8") * self.dtype.itemsize
-            yield (ends - part.astype("<i8") * self.dtype.itemsize).tobytes()
+        for part in self._blocks("lengths"):
+            sizes = part.astype("<i8") * self.dtype.itemsize
+            ends = position + np.cumsum(sizes)
+            yield (ends - sizes).astype("<i8").tobytes()
             position = int(ends[-1])
-        for first in range(0, self.num_documents + 1, BLOCK_TOKENS):
-            yield np.arange(first, min(first + BLOCK_TOKENS, self.num_documents + 1), dtype="<i8").tobytes()
+        bound = 0
+        yield np.zeros(1, "<i8").tobytes()
+        for part in self._blocks("counts"):
+            bounds = bound + np.cumsum(part, dtype="<i8")
+            yield bounds.tobytes()
+            bound = int(bounds[-1])
 
-    def _length_blocks(self) -> Iterator[np.ndarray]:
-        with open(self.unfinished["lengths"], "rb") as file:
+    def _blocks(self, kind: str) -> Iterator[np.ndarray]:
+        with open(self.unfinished[kind], "rb") as file:
             while len(part := np.fromfile(file, "<i4", BLOCK_TOKENS)):
                 yield part
 
@@ -236,6 +243,10 @@ class TokenFile:
     def num_documents(self) -> int:
         """Number of documents d."""
         return len(self.documents) - 1
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [d]."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[self.documents])
 
     def checksums(self) -> dict[str, int]:
         """Read both files whole and return the CRC-32 of each, by "bin" and "idx"."""

@@ -41,6 +41,10 @@ class PrepareArguments:
     append_eod: bool = HfArg(
         default=False, help="End every document with the end-of-text token, as Megatron does for GPT."
     )
+    split_sentences: bool = HfArg(
+        default=False, help="Keep sentences apart, as sentence-order and next-sentence objectives need."
+    )
+    language: str = HfArg(default="en", help="Of the text, for --split_sentences: en, de, fr, ...")
     validation_split_percentage: float = HfArg(default=1.0, help="Share of the documents for validation.")
     test_split_percentage: float = HfArg(default=1.0, help="Share of the documents for test.")
     deduplicate: bool = HfArg(default=True, help="Keep the first of equal documents alone.")
@@ -56,6 +60,10 @@ class PrepareArguments:
         check_separator(self.document_separator)
         for name in ("validation_split_percentage", "test_split_percentage"):
             flags.between(self, name, 0, 100)
+        if self.split_sentences and self.append_eod:
+            raise UserError(
+                "--append_eod is for GPT, --split_sentences for BERT's sentence objectives: give one of them"
+            )
         if self.validation_split_percentage + self.test_split_percentage >= 100:
             raise UserError("--validation_split_percentage and --test_split_percentage leave nothing for training")
 

@@ -46,24 +46,18 @@ def inspect(path, args, say):
     return 0
 
 
-def document_lengths(file):
-    """Tokens of each document, int64 [d]. Args: file: TokenFile."""
-    ends = np.concatenate([[0], np.cumsum(file.lengths, dtype=np.int64)])[file.documents]
-    return np.diff(ends)
-
-
 def describe(name, file, tokenizer):
     """Lines on what a token file holds.
 
     Args:
         name: str; file: TokenFile; tokenizer: transformers' fast one, or None.
     """
-    lengths = document_lengths(file)
+    lengths = file.document_lengths()
     size = sum(path.stat().st_size for path in file.paths.values() if path.exists())
     total = int(lengths.sum())
-    yield (
-        f"{name}: {file.num_documents:,} documents, {total:,} tokens of {file.tokens.dtype.name}, {size / 1e6:,.1f} MB"
-    )
+    sentences = f"{len(file.lengths):,} sentences, " if len(file.lengths) > file.num_documents else ""
+    kind = file.tokens.dtype.name
+    yield f"{name}: {file.num_documents:,} documents, {sentences}{total:,} tokens of {kind}, {size / 1e6:,.1f} MB"
     quantiles = np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1)).astype(int)
     yield f"  tokens in a document: least {quantiles[0]:,}, quarter {quantiles[1]:,}, half {quantiles[2]:,}, "
     yield f"    three quarters {quantiles[3]:,}, most {quantiles[4]:,}; mean {lengths.mean():,.1f}"
@@ -99,7 +93,7 @@ def draw_lengths(files, picture):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    lengths = {name: document_lengths(file) for name, file in files.items()}
+    lengths = {name: file.document_lengths() for name, file in files.items()}
     most = max(int(found.max()) for found in lengths.values())
     bins = np.geomspace(1, most + 1, BARS)
     for name, found in lengths.items():

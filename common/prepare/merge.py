@@ -105,7 +105,7 @@ def count_sources(shard, documents):
     """Yield (label, documents, tokens) of every source among some documents. Args: shard: FinishedShard."""
     labels, sources = shard.tokens.metadata["sources"], shard.sources[documents]
     counts = np.bincount(sources, minlength=len(labels))
-    tokens = np.bincount(sources, shard.tokens.lengths[documents], len(labels)).astype(int)
+    tokens = np.bincount(sources, shard.tokens.document_lengths()[documents], len(labels)).astype(int)
     for number, label in enumerate(labels):
         if counts[number]:
             yield label, int(counts[number]), int(tokens[number])
@@ -115,15 +115,17 @@ def copy_documents(writer, tokens, documents):
     """Append documents of a token file, some millions of tokens at a time.
 
     Args:
-        writer: TokenFileWriter; tokens: TokenFile of one sequence per document; documents: int64 [n], ascending.
+        writer: TokenFileWriter; tokens: TokenFile; documents: int64 [n], ascending.
     """
-    ends = np.cumsum(tokens.lengths[documents], dtype=np.int64)
+    ends = np.cumsum(tokens.document_lengths()[documents])
     begin = 0
     while begin < len(documents):
         before = ends[begin - 1] if begin else 0
         end = max(begin + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
-        starts, lengths = tokens.starts[documents[begin:end]], tokens.lengths[documents[begin:end]]
-        writer.append(tokens.tokens[ranges(starts, lengths)], lengths)
+        first, last = tokens.documents[documents[begin:end]], tokens.documents[documents[begin:end] + 1]
+        sequences = ranges(first, last - first)
+        starts, lengths = tokens.starts[sequences], tokens.lengths[sequences]
+        writer.append(tokens.tokens[ranges(starts, lengths)], lengths, last - first)
         begin = end
 
 

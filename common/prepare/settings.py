@@ -24,7 +24,15 @@ VERSION = 1
 KINDS = {"wordpiece": MASKED, "bpe": CAUSAL}
 ANY = TokenizerKind("tokenizer", (), "a tokenizer", train=None)  # what it is for is not known yet
 NO_DOCUMENTS = "the input holds no documents (nothing but white space?); check --input and --text_column"
-READING = ("text_column", "document_separator", "components", "max_bad_records", "append_eod")
+READING = (
+    "text_column",
+    "document_separator",
+    "components",
+    "max_bad_records",
+    "split_sentences",
+    "language",
+    "append_eod",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Settings:
         """The id that ends every document, or None."""
         return self.tokenizer.eos_token_id if self.shared["append_eod"] else None
 
+    @property
+    def sentences_in(self):
+        """The language whose sentences are sequences of their own, or None."""
+        return self.shared["language"] if self.shared["split_sentences"] else None
+
     def of_shard(self, shard):
         """dict of JSON values that decide a shard's bytes."""
         parts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, *cut] for path, *cut in shard.parts]
@@ -63,6 +76,7 @@ class Settings:
         roles = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
         found = {role: getattr(self.tokenizer, f"{role}_token_id") for role in roles}
         return {
+            "unit": "sentence" if self.shared["split_sentences"] else "document",
             "tokenizer_name": self.tokenizer_name,
             "tokenizer_fingerprint": self.shared["tokenizer"],
             "vocab_size": self.vocab_size,

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 
 import filelock
 import numpy as np
@@ -63,15 +63,15 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
         yield batch, numbers
 
     dtype = token_dtype(prepared_with.vocab_size)
-    how = prepared_with.backend_json, np.dtype(dtype).str, prepared_with.eod
+    how = prepared_with.backend_json, np.dtype(dtype).str, prepared_with.eod, prepared_with.sentences_in
     if workers == 1:
         results = map(make_shard_encoder(*how, say), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, say, flag="--workers")
     facts_of_documents = []  # their hashes and the numbers of their sources
     with TokenFileWriter(files.prefix, dtype) as writer:
-        for tokens, lengths, *of_texts in results:
-            writer.append(tokens, lengths)
+        for tokens, lengths, counts, *of_texts in results:
+            writer.append(tokens, lengths, counts)
             facts_of_documents.append(of_texts)
             if time.monotonic() - last_report >= SECONDS_BETWEEN_REPORTS:
                 last_report = time.monotonic()
@@ -104,24 +104,40 @@ def shard_documents(shard, args, bad_records):
                 yield text, label
 
 
-def make_shard_encoder(backend_json: str, dtype: str, eod: int | None, say: Callable[[str], None]) -> Callable:
+def make_shard_encoder(
+    backend_json: str, dtype: str, eod: int | None, sentences_in: str | None, say: Callable[[str], None]
+) -> Callable:
     """The function from a list of documents to what a shard holds of them.
 
     Args:
         backend_json: the backend tokenizer's to_str(); dtype: numpy integer type of the ids; eod: id that ends every
-            document, None for none; say: function that prints.
+            document, None for none; sentences_in: language of the sentences that are sequences, None for whole
+            documents; say: function that prints.
     Returns:
-        function of (texts, numbers of their sources) giving (tokens [T] of dtype, lengths int32 [n], hashes of the
-        texts uint64 [n], the numbers uint16 [n]); documents without a token are left out.
+        function of (texts, numbers of their sources) giving (tokens [T] of dtype, lengths int32 [n] of the sequences,
+        counts [d] of sequences in a document, hashes of the texts uint64 [d], the numbers uint16 [d]); what has no
+        token is left out.
     """
     encode = corpus_encoder(backend_json, dtype, say)
     end = b"" if eod is None else np.array([eod], dtype).tobytes()
 
     def encode_shard(batch):
         texts, sources = batch
-        kept = [part for part in zip(encode(texts), texts, sources, strict=True) if part[0]]
-        hashes = np.fromiter((document_hash(text) for _, text, _ in kept), np.uint64, len(kept))
-        numbers = np.fromiter((source for *_, source in kept), np.uint16, len(kept))
-        return *join_ids([ids + end for ids, *_ in kept], dtype), hashes, numbers
+        sequences = [[text] if sentences_in is None else split_sentences(text, sentences_in) for text in texts]
+        encoded = iter(encode(list(chain.from_iterable(sequences))))
+        documents = [[ids for ids in islice(encoded, len(parts)) if ids] for parts in sequences]
+        kept = [at for at, parts in enumerate(documents) if parts]
+        counts = np.fromiter((len(documents[at]) for at in kept), np.int32, len(kept))
+        hashes = np.fromiter((document_hash(texts[at]) for at in kept), np.uint64, len(kept))
+        numbers = np.fromiter((sources[at] for at in kept), np.uint16, len(kept))
+        parts = [ids + end for at in kept for ids in documents[at]]
+        return *join_ids(parts, dtype), counts, hashes, numbers
 
     return encode_shard
+
+
+def split_sentences(text: str, language: str) -> list[str]:
+    """The sentences of a text, without the white space around them. Args: language: a code as "en"."""
+    from sentencex import segment
+
+    return [sentence for part in segment(language, text) if (sentence := part.strip())]

@@ -8,6 +8,7 @@ from transformers.hf_argparser import HfArg
 from common import flags
 from common.data.documents import check_separator
 from common.errors import UserError
+from common.prepare.cleaning import FILTERS
 
 COMMANDS = ("tokenize", "merge", "inspect")
 KINDS = ("wordpiece", "bpe")
@@ -41,6 +42,8 @@ class PrepareArguments:
     append_eod: bool = HfArg(
         default=False, help="End every document with the end-of-text token, as Megatron does for GPT."
     )
+    filter: str = HfArg(default="none", help="Leave documents out by published rules: none, gopher or c4.")
+    fix_unicode: bool = HfArg(default=False, help="Repair text that was decoded in a wrong encoding, by ftfy.")
     split_sentences: bool = HfArg(
         default=False, help="Keep sentences apart, as sentence-order and next-sentence objectives need."
     )
@@ -57,6 +60,7 @@ class PrepareArguments:
         for name in ("shard_index", "max_bad_records"):
             flags.at_least(self, name, 0)
         flags.one_of("tokenizer_type", self.tokenizer_type, KINDS)
+        flags.one_of("filter", self.filter, ["none", *FILTERS])
         check_separator(self.document_separator)
         for name in ("validation_split_percentage", "test_split_percentage"):
             flags.between(self, name, 0, 100)

@@ -4,9 +4,11 @@ import json
 from dataclasses import dataclass, field
 
 import filelock
+import numpy as np
 
 from common.data.documents import BadRecords
 from common.data.prepare import TOKENIZER_SAMPLE_CHARACTERS
+from common.data.token_files import token_dtype
 from common.data.tokenizers import (
     CAUSAL,
     MASKED,
@@ -29,6 +31,8 @@ READING = (
     "document_separator",
     "components",
     "max_bad_records",
+    "filter",
+    "fix_unicode",
     "split_sentences",
     "language",
     "append_eod",
@@ -52,19 +56,17 @@ class Settings:
         return vocabulary_size(self.tokenizer)
 
     @property
-    def backend_json(self):
-        """What makes the tokenizer again."""
-        return self.tokenizer.backend_tokenizer.to_str()
-
-    @property
-    def eod(self):
-        """The id that ends every document, or None."""
-        return self.tokenizer.eos_token_id if self.shared["append_eod"] else None
-
-    @property
-    def sentences_in(self):
-        """The language whose sentences are sequences of their own, or None."""
-        return self.shared["language"] if self.shared["split_sentences"] else None
+    def how(self):
+        """What the function of a batch is made from (common.prepare.encoding.make_shard_encoder)."""
+        shared = self.shared
+        return {
+            "backend_json": self.tokenizer.backend_tokenizer.to_str(),
+            "dtype": np.dtype(token_dtype(self.vocab_size)).str,
+            "eod": self.tokenizer.eos_token_id if shared["append_eod"] else None,
+            "sentences_in": shared["language"] if shared["split_sentences"] else None,
+            "preset": None if shared["filter"] == "none" else shared["filter"],
+            "fix_unicode": shared["fix_unicode"],
+        }
 
     def of_shard(self, shard):
         """dict of JSON values that decide a shard's bytes."""

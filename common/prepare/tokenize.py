@@ -2,19 +2,17 @@
 
 import json
 import time
-from collections.abc import Callable
-from itertools import chain, islice
+from itertools import islice
 
 import filelock
 import numpy as np
 
 from common.data.documents import BadRecords, read_labelled
-from common.data.sources import document_hash
 from common.data.token_files import TokenFileWriter, token_dtype
-from common.data.tokenizers import corpus_encoder
-from common.data.tokenizing import BATCH_CHARACTERS, join_ids
+from common.data.tokenizing import BATCH_CHARACTERS
 from common.data.workers import map_batches
 from common.errors import UserError
+from common.prepare.encoding import Dropped, make_shard_encoder
 from common.prepare.shards import ShardFiles
 
 SECONDS_BETWEEN_REPORTS = 30
@@ -63,14 +61,16 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
         yield batch, numbers
 
     dtype = token_dtype(prepared_with.vocab_size)
-    how = prepared_with.backend_json, np.dtype(dtype).str, prepared_with.eod, prepared_with.sentences_in
+    how = (prepared_with.how,)
     if workers == 1:
         results = map(make_shard_encoder(*how, say), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, say, flag="--workers")
+    dropped = Dropped()
     facts_of_documents = []  # their hashes and the numbers of their sources
     with TokenFileWriter(files.prefix, dtype) as writer:
-        for tokens, lengths, counts, *of_texts in results:
+        for tokens, lengths, counts, *of_texts, left_out in results:
+            dropped.add(left_out)
             writer.append(tokens, lengths, counts)
             facts_of_documents.append(of_texts)
             if time.monotonic() - last_report >= SECONDS_BETWEEN_REPORTS:
@@ -80,11 +80,14 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
         seconds = time.monotonic() - began
         facts = {"settings": settings, "characters": characters, "bad_records": bad_records.count}
         columns = map(np.concatenate, zip(*facts_of_documents, strict=True))
+        facts |= {"dropped": dropped.reasons}
         facts |= {"seconds": round(seconds, 2), "sources": list(sources), "facts": files.write_facts(*columns)}
         written = writer.finish(prepared_with.of_token_file() | facts)
     line = {name: written[name] for name in ("num_documents", "num_tokens", "characters", "bad_records", "seconds")}
     with open(files.prefix.parent / "log.jsonl", "a") as log:
         log.write(json.dumps({"shard": shard.number} | line) + "\n")
+    for reason, (count, _) in dropped.reasons.items():
+        say(f"shard {shard.number}: left out {count:,}: {reason}")
     say(
         f"shard {shard.number}: {written['num_documents']:,} documents, {characters / 1e6:,.1f} MB of text, "
         f"{written['num_tokens'] / 1e6:.2f} M tokens in {seconds:.1f} s ({characters / 1e6 / seconds:.1f} MB/s)"
@@ -102,42 +105,3 @@ def shard_documents(shard, args, bad_records):
         for text, label in islice(documents, first, None, step):
             if args.components is None or label in args.components:
                 yield text, label
-
-
-def make_shard_encoder(
-    backend_json: str, dtype: str, eod: int | None, sentences_in: str | None, say: Callable[[str], None]
-) -> Callable:
-    """The function from a list of documents to what a shard holds of them.
-
-    Args:
-        backend_json: the backend tokenizer's to_str(); dtype: numpy integer type of the ids; eod: id that ends every
-            document, None for none; sentences_in: language of the sentences that are sequences, None for whole
-            documents; say: function that prints.
-    Returns:
-        function of (texts, numbers of their sources) giving (tokens [T] of dtype, lengths int32 [n] of the sequences,
-        counts [d] of sequences in a document, hashes of the texts uint64 [d], the numbers uint16 [d]); what has no
-        token is left out.
-    """
-    encode = corpus_encoder(backend_json, dtype, say)
-    end = b"" if eod is None else np.array([eod], dtype).tobytes()
-
-    def encode_shard(batch):
-        texts, sources = batch
-        sequences = [[text] if sentences_in is None else split_sentences(text, sentences_in) for text in texts]
-        encoded = iter(encode(list(chain.from_iterable(sequences))))
-        documents = [[ids for ids in islice(encoded, len(parts)) if ids] for parts in sequences]
-        kept = [at for at, parts in enumerate(documents) if parts]
-        counts = np.fromiter((len(documents[at]) for at in kept), np.int32, len(kept))
-        hashes = np.fromiter((document_hash(texts[at]) for at in kept), np.uint64, len(kept))
-        numbers = np.fromiter((sources[at] for at in kept), np.uint16, len(kept))
-        parts = [ids + end for at in kept for ids in documents[at]]
-        return *join_ids(parts, dtype), counts, hashes, numbers
-
-    return encode_shard
-
-
-def split_sentences(text: str, language: str) -> list[str]:
-    """The sentences of a text, without the white space around them. Args: language: a code as "en"."""
-    from sentencex import segment
-
-    return [sentence for part in segment(language, text) if (sentence := part.strip())]

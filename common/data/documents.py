@@ -10,8 +10,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from common.data.streams import Stream, reading, streams
+from common.data.wikipedia import EXTRACTED, Wikitext, dump_articles, extracted_documents, plain
 from common.errors import UserError, first_line
 
 SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearly every binary file does
@@ -85,8 +87,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def read_documents(
     files: Iterable[Path], text_column: str, document_separator: str, bad_records: BadRecords
 ) -> Iterator[str]:
-    """As read_labelled, the texts alone."""
-    return (text for text, _ in read_labelled(files, text_column, document_separator, bad_records))
+    """As read_labelled, the texts alone, all of them plain."""
+    found = read_labelled(files, text_column, document_separator, bad_records)
+    return (text for raw, _ in found if (text := plain(raw)))
 
 
 def read_labelled(
@@ -96,13 +99,15 @@ def read_labelled(
 
     Args:
         files: text (any name not listed here), .json (an array, or JSON lines), .jsonl, .csv and .tsv with a header,
-            .parquet; each also with .gz, .bz2, .xz or .zst behind it, or in a .zip or .tar.
+            .parquet, Wikipedia's pages-articles .xml and what WikiExtractor made of it; each also with .gz, .bz2, .xz
+            or .zst behind it, or in a .zip or .tar.
         text_column: JSON key or column that holds the text.
         document_separator: what ends a document in plain text: "line", "blank_line", "file", or the literal string.
         bad_records: counts what cannot be used.
     Yields:
         (text, label): label is the part of the corpus that a JSON record names as the Pile's do, in
-        record["meta"]["pile_set_name"]; else "".
+        record["meta"]["pile_set_name"]; else "". The articles of a Wikipedia dump are Wikitext, which is slow to
+        make plain.
     Raises:
         UserError: a missing, empty, binary or damaged file, or too many bad records.
     """
@@ -112,28 +117,37 @@ def read_labelled(
             if path.stat().st_size == 0:
                 raise UserError(f"{path}: the file is empty; remove it or give another")
             for stream in streams(path):
-                with reading(stream.where):
-                    for text, label in _documents(stream, text_column, document_separator, bad_records):
-                        text = text.strip()
+                with reading(stream.where), stream.open() as file:
+                    for text, label in _documents(stream, file, text_column, document_separator, bad_records):
+                        if not isinstance(text, Wikitext):
+                            text = text.strip()
                         if text:
                             yield text, label
 
 
 def _documents(
-    stream: Stream, text_column: str, document_separator: str, bad_records: BadRecords
+    stream: Stream, file: BinaryIO, text_column: str, document_separator: str, bad_records: BadRecords
 ) -> Iterator[tuple[str, str]]:
-    suffix = Path(stream.name).suffix
+    suffix, where = Path(stream.name).suffix, stream.where
     if suffix in (".json", ".jsonl"):
-        return _json_documents(stream, text_column, bad_records)
+        return _json_documents(where, file, text_column, bad_records)
     if suffix == ".parquet":
-        texts = _parquet_documents(stream, text_column, bad_records)
+        texts = _parquet_documents(where, file, text_column, bad_records)
     elif suffix in SEPARATED:
-        texts = _table_documents(stream, SEPARATED[suffix], text_column, bad_records)
+        texts = _table_documents(where, file, SEPARATED[suffix], text_column, bad_records)
+    elif ".xml" in stream.name and _begins_with(file, b"<mediawiki"):  # its parts end in .xml-p1p41242
+        texts = dump_articles(file, where)
     elif suffix in NOT_PLAIN_TEXT:
-        raise UserError(f"{stream.where}: not a kind of file that is read; convert it to txt, jsonl or parquet")
+        raise UserError(f"{where}: not a kind of file that is read; convert it to txt, jsonl or parquet")
+    elif _begins_with(file, EXTRACTED.encode()):
+        texts = extracted_documents(_lines(where, file, bad_records))
     else:
-        texts = _text_documents(_lines(stream, bad_records), document_separator)
+        texts = _text_documents(_lines(where, file, bad_records), document_separator)
     return ((text, "") for text in texts)
+
+
+def _begins_with(file: BinaryIO, head: bytes) -> bool:
+    return file.peek(len(head))[: len(head)] == head
 
 
 def check_separator(document_separator: str) -> None:
@@ -142,22 +156,20 @@ def check_separator(document_separator: str) -> None:
         raise UserError("--document_separator is empty; give line, blank_line, file or the text that ends a document")
 
 
-def _lines(stream: Stream, bad_records: BadRecords) -> Iterator[tuple[int, str]]:
+def _lines(where: str, file: BinaryIO, bad_records: BadRecords) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its line end); a line that is not UTF-8 is a bad record."""
-    path = stream.where
-    with stream.open() as file:
-        head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
-        if not head:
-            raise UserError(f"{path}: the file is empty once decompressed; remove it or give another")
-        if b"\0" in head:
-            raise UserError(f"{path}: a binary file (or UTF-16), not UTF-8 text; convert it or leave it out")
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                bad_records.add(f"{path}:{number}", f"not valid UTF-8 (byte {line[error.start]:#04x})")
-                continue
-            yield number, text.rstrip("\r\n")
+    head = file.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]
+    if not head:
+        raise UserError(f"{where}: the file is empty once decompressed; remove it or give another")
+    if b"\0" in head:
+        raise UserError(f"{where}: a binary file (or UTF-16), not UTF-8 text; convert it or leave it out")
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            bad_records.add(f"{where}:{number}", f"not valid UTF-8 (byte {line[error.start]:#04x})")
+            continue
+        yield number, text.rstrip("\r\n")
 
 
 def _text_documents(lines: Iterator[tuple[int, str]], separator: str) -> Iterator[str]:
@@ -187,8 +199,8 @@ def _text_documents(lines: Iterator[tuple[int, str]], separator: str) -> Iterato
         yield from "\n".join(pending).split(separator)
 
 
-def _json_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[tuple[str, str]]:
-    path, lines = stream.where, _lines(stream, bad_records)
+def _json_documents(path: str, file: BinaryIO, text_column: str, bad_records: BadRecords) -> Iterator[tuple[str, str]]:
+    lines = _lines(path, file, bad_records)
     first, head = next(((number, text) for number, text in lines if text.strip()), (1, ""))
     if head.lstrip().startswith("["):
         above = "\n" * (first - 1)  # so that a fault is reported with its line in the file
@@ -249,17 +261,19 @@ def checked_text(text, text_column: str, where: str, bad_records: BadRecords) ->
         yield text
 
 
-def _table_documents(stream: Stream, separator: str, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _table_documents(
+    path: str, file: BinaryIO, separator: str, text_column: str, bad_records: BadRecords
+) -> Iterator[str]:
     """Rows of a csv with a header; quoting as in RFC 4180, of a tsv too."""
     csv.field_size_limit(sys.maxsize)
-    with io.TextIOWrapper(stream.open(), "utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=separator)
+    with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        rows = csv.reader(text, delimiter=separator)
         header = next(rows, [])
         if text_column not in header:
-            raise UserError(f"{stream.where}: {missing_column(text_column, header)}")
+            raise UserError(f"{path}: {missing_column(text_column, header)}")
         column = header.index(text_column)
         for row in rows:
-            where = f"{stream.where}:{rows.line_num}"
+            where = f"{path}:{rows.line_num}"
             if len(row) <= column:
                 if row:
                     bad_records.add(where, f"{len(row)} columns where the header has {len(header)}")
@@ -269,17 +283,16 @@ def _table_documents(stream: Stream, separator: str, text_column: str, bad_recor
                 yield row[column]
 
 
-def _parquet_documents(stream: Stream, text_column: str, bad_records: BadRecords) -> Iterator[str]:
+def _parquet_documents(path: str, file: BinaryIO, text_column: str, bad_records: BadRecords) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    path = stream.where
     try:
-        with stream.open() as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            if text_column not in file.schema_arrow.names:
-                raise UserError(f"{path}: {missing_column(text_column, file.schema_arrow.names)}")
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if text_column not in table.schema_arrow.names:
+                raise UserError(f"{path}: {missing_column(text_column, table.schema_arrow.names)}")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+            for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
                 for value in batch.column(0):
                     number += 1
                     where = f"{path}: record {number}"

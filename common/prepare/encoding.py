@@ -8,6 +8,7 @@ import numpy as np
 from common.data.sources import document_hash
 from common.data.tokenizers import corpus_encoder
 from common.data.tokenizing import join_ids
+from common.data.wikipedia import plain
 from common.prepare.cleaning import make_cleaner
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 200  # of what is left out for a reason
@@ -32,7 +33,7 @@ def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
     end = b"" if how["eod"] is None else np.array([how["eod"]], dtype).tobytes()
 
     def encode_shard(batch):
-        judged = [(*clean(text), source) for text, source in zip(*batch, strict=True)]
+        judged = [(*clean(plain(text)), source) for text, source in zip(*batch, strict=True)]
         left_out = [(reason, text[:SAMPLE_CHARACTERS]) for text, reason, _ in judged if reason]
         texts = [text for text, reason, _ in judged if not reason]
         sources = [source for _, reason, source in judged if not reason]

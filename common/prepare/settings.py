@@ -17,6 +17,7 @@ from common.data.tokenizers import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from common.data.wikipedia import plain
 from common.errors import UserError
 from common.files import write_whole
 from common.prepare.shards import refuse_other_settings
@@ -126,7 +127,7 @@ def _train(kind, args, shards, say):
     sample, size, bad_records = [], 0, BadRecords(args.max_bad_records)
     for shard in shards:
         for document, _ in shard_documents(shard, args, bad_records):
-            sample.append(document)
+            sample.append(plain(document))
             size += len(document)
             if size >= TOKENIZER_SAMPLE_CHARACTERS:
                 break

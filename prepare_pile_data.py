@@ -14,14 +14,21 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from common.data.documents import expand_files
 from common.errors import UserError, run_main
 from common.prepare.arguments import chosen_shards, parse_command
+from common.prepare.inputs import find_inputs
 from common.prepare.inspect import inspect
 from common.prepare.merge import SPLITS, merge
+from common.prepare.needs import announce
 from common.prepare.settings import make_settings
 from common.prepare.shards import plan_shards
 from common.prepare.tokenize import write_shard
+
+WRITTEN = (
+    "settings.json",
+    "dropped.json",
+    *(f"{split}.{kind}" for split in SPLITS for kind in ("json", "idx", "bin")),
+)
 
 
 def main():
@@ -29,30 +36,37 @@ def main():
     say = partial(print, flush=True)
     if command == "inspect":
         return inspect(words[0], args, say)
-    if not args.input:
-        raise UserError("no text: name files, folders or globs with --input")
-    files = sorted({path for pattern in args.input for path in expand_files(pattern)})
-    shards = plan_shards(files, args.num_shards)
-    chosen = chosen_shards(words, args.shard_index, len(shards))
     folder = Path(args.output_dir).expanduser()
-    if args.overwrite_output_dir and command != "merge":
+    shards = plan_shards(find_inputs(args, folder / "downloads"), args.num_shards)
+    chosen = [shards[number] for number in chosen_shards(words, args.shard_index, len(shards))]
+    workers = args.workers or len(os.sched_getaffinity(0))
+    if args.overwrite_output_dir and command in ("tokenize", "all"):
         remove_prepared(folder)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror}): give another") from error
+    if command != "merge":
+        announce(shards, chosen, folder, workers, command, args, say)
+    if command == "download":
+        for shard in chosen:
+            for one, *_ in shard.parts:
+                one.fetch(say)
+        return 0
     settings = make_settings(args, shards, folder, say)
     if command != "merge":
-        workers = args.workers or len(os.sched_getaffinity(0))
-        for number in chosen:
-            write_shard(shards[number], folder / "shards", settings, args, workers, say)
+        for shard in chosen:
+            write_shard(shard, folder / "shards", settings, args, workers, say)
     if command != "tokenize":
         merge(shards, folder, settings, args, say)
     return 0
 
 
 def remove_prepared(folder):
-    """Remove what this program wrote into a folder, and nothing else. Args: folder: Path."""
+    """Remove what this program wrote into a folder, downloads apart, and nothing else. Args: folder: Path."""
     for name in ("shards", "tokenizer"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("settings.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("json", "idx", "bin"))):
+    for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -20,8 +20,9 @@ from common.data.token_files import TokenFile
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError
 from common.prepare.arguments import chosen_shards, parse_command
-from common.prepare.merge import find_repeated, split_of
-from common.prepare.settings import ANY
+from common.prepare.inputs import ANY, TextFile
+from common.prepare.merge import split_of
+from common.prepare.repeated import Repeated
 from common.prepare.shards import plan_shards
 from harness import REPOSITORY
 
@@ -50,16 +51,11 @@ def corpus(tmp_path):
 @pytest.fixture
 def prepare(harness, corpus, tmp_path):
     def run(*words, out="out", code=0, text=None):
-        flags = ["--input", *(text or [corpus / "a.txt", corpus / "b.txt"]), "--output_dir", tmp_path / str(out)]
-        flags += [
-            "--tokenizer_train_vocab_size",
-            400,
-            "--validation_split_percentage",
-            10,
-            "--test_split_percentage",
-            5,
-        ]
-        return harness.run("prepare_pile_data.py", *words, *flags, "--workers", 1).check(code)
+        flags = {"--input": text or [corpus / "a.txt", corpus / "b.txt"], "--output_dir": [tmp_path / str(out)]}
+        flags |= {"--tokenizer_train_vocab_size": [400], "--workers": [1]}
+        flags |= {"--validation_split_percentage": [10], "--test_split_percentage": [5]}
+        more = [word for name, values in flags.items() if name not in words for word in (name, *values)]
+        return harness.run("prepare_pile_data.py", *words, *more).check(code)
 
     return run
 
@@ -93,7 +89,14 @@ def test_every_document_once_in_one_split(prepare, tmp_path):
     found = [text for split in splits.values() for text in split]
     assert sorted(found) == sorted(texts(900))
     assert 0.05 < len(splits["validation"]) / 900 < 0.15 and 0.02 < len(splits["test"]) / 900 < 0.09
-    assert "40 of 940 documents occurred before" in said
+    assert "left out 40: occurred before" in said
+    reasons = json.loads((tmp_path / "out" / "dropped.json").read_text())
+    count, samples = reasons["occurred before"]
+    assert (
+        count == 40
+        and len(samples) == 3
+        and all(any(text.startswith(sample) for text in texts(900)) for sample in samples)
+    )
 
 
 def test_the_number_of_shards_changes_nothing_but_the_order(prepare, tmp_path):
@@ -196,19 +199,146 @@ def test_killed_and_finished_with_the_same_bytes(tmp_path, kills):
 # ---- Parts by themselves --------------------------------------------------------------------------------------
 
 
-def test_repeated_documents_across_shards(monkeypatch):
-    monkeypatch.setattr("common.prepare.merge.COMPARED", 7)
+def test_what_is_compared_in_pieces_is_what_is_compared_at_once(monkeypatch, tmp_path):
     chance = np.random.default_rng(0)
     found = [chance.integers(0, 2**64, 40, np.uint64, endpoint=False) for _ in range(3)]
     found[1][:10], found[2][5:9], found[2][20] = found[0][3:13], found[1][20:24], found[2][0]
     found[0][0], found[2][30] = 2**64 - 1, 2**64 - 1
-    orders = [hashes.argsort(kind="stable") for hashes in found]
-    marks = find_repeated([hashes[order] for hashes, order in zip(found, orders, strict=True)], orders)
-    seen = set()
-    for hashes, mine in zip(found, marks, strict=True):
-        for value, repeated in zip(hashes.tolist(), mine, strict=True):
-            assert repeated == (value in seen)
-            seen.add(value)
+
+    class Shard:
+        num_documents = 40
+
+        def __init__(self, hashes):
+            self.columns = {"documents": hashes.argsort(kind="stable")}
+            self.columns["hashes"] = hashes[self.columns["documents"]]
+
+        def column(self, name):
+            return self.columns[name]
+
+    for compared in (7, 1000):
+        monkeypatch.setattr("common.prepare.repeated.COMPARED", compared)
+        seen = set()
+        with Repeated([Shard(hashes) for hashes in found], tmp_path) as repeated:
+            repeated.find_documents()
+            for number, hashes in enumerate(found):
+                for value, kept in zip(hashes.tolist(), repeated.kept(number), strict=True):
+                    assert kept == (value not in seen)
+                    seen.add(value)
+
+
+def near(text, chance):
+    """The text with a word in a hundred changed, so that some nine in ten of its runs of five words are the same."""
+    words = text.split()
+    for at in range(7, len(words), 100):
+        words[at] = f"other{chance.randint(0, 99)}"
+    return " ".join(words)
+
+
+def long_texts(number, chance):
+    return [" ".join(f"w{chance.randint(0, 5000)}" for _ in range(200)) for _ in range(number)]
+
+
+def test_near_duplicates(prepare, tmp_path):
+    chance = random.Random(3)
+    originals = long_texts(60, chance)
+    copies = [near(text, chance) for text in originals[:20]]
+    write_lines(tmp_path / "near.txt", originals + copies)
+    kept = {}
+    for shards in (1, 3):
+        said = prepare("--num_shards", shards, "--near_duplicates", text=[tmp_path / "near.txt"], out=f"near{shards}")
+        kept[shards] = sorted(
+            text for name in ("train", "validation", "test") for text in documents(tmp_path / f"near{shards}", name)
+        )
+        assert "left out 20: nearly the same as another" in said.stdout
+    assert kept[1] == kept[3]
+    for original, copy in zip(originals, copies, strict=False):
+        assert (original in kept[1]) + (copy in kept[1]) == 1
+    assert set(originals[20:]) < set(kept[1])
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_repeated_lines(prepare, tmp_path, kind):
+    chance = random.Random(4)
+    found = [
+        "\n".join(["Sign up for our letter", text, *(["", "All rights reserved"] if number % 2 else [])])
+        for number, text in enumerate(texts(40))
+    ]
+    found += ["Sign up for our letter\nAll rights reserved", found[0]]
+    chance.shuffle(found)
+    with open(tmp_path / "lines.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in found)
+    flags = (
+        ["--deduplicate_lines", 5, "--tokenizer_type", kind, "--append_eod"]
+        if kind == "bpe"
+        else ["--deduplicate_lines", 5]
+    )
+    flags += ["--validation_split_percentage", 0, "--test_split_percentage", 0]
+    kept = {}
+    for shards in (1, 3):
+        prepare("--num_shards", shards, *flags, text=[tmp_path / "lines.jsonl"], out=f"lines{shards}")
+        kept[shards] = sorted(documents(tmp_path / f"lines{shards}", "train"))
+    assert kept[1] == kept[3] and len(kept[1]) in (40, 41)
+    squeezed = [" ".join(text.lower().split()) for text in kept[1]]
+    for line in ("sign up for our letter", "all rights reserved"):
+        assert sum(line in text for text in squeezed) == 5
+    assert all(any(text in one for one in squeezed) for text in texts(40))
+    if kind == "bpe":
+        assert all(text.endswith("</s>") and text.count("</s>") == 1 for text in kept[1])
+        assert any("\n" in text for text in kept[1])
+    reasons = json.loads((tmp_path / "lines1" / "dropped.json").read_text())
+    assert reasons["repeated lines"][0] == 41 + 21 - 10 and reasons["occurred before"][0] == 1
+    assert reasons.get("of repeated lines alone", [0])[0] == 41 - len(kept[1])
+
+
+def test_weights_are_shares_of_the_training_tokens(prepare, corpus, tmp_path):
+    write_lines(tmp_path / "c.txt", texts(300, seed=9))
+    inputs = [corpus / "a.txt", tmp_path / "c.txt"]
+    for out, weights in (("three", (3, 1)), ("one", (1, 3)), ("none", (0, 1))):
+        prepare("--weights", *weights, "--num_shards", 3, text=inputs, out=out)
+        train = documents(tmp_path / out, "train")
+        theirs = set(texts(300, seed=9))
+        sizes = Counter()
+        for text in train:
+            sizes[text in theirs] += len(text)
+        assert abs(sizes[False] / sizes.total() - weights[0] / sum(weights)) < 0.06
+        counts = Counter(train)
+        assert max(counts.values()) > 1 and len({count for text, count in counts.items() if text in theirs}) <= 2
+        held_out = [text for name in ("validation", "test") for text in documents(tmp_path / out, name)]
+        assert len(held_out) == len(set(held_out))
+    assert "give one for each --input" in prepare("--weights", 1, code=2, out="bad").stderr
+
+
+def test_decontaminated(prepare, tmp_path):
+    chance = random.Random(5)
+    judged, others = long_texts(5, chance), long_texts(30, chance)
+    (tmp_path / "dev.tsv").write_text("".join(f"{n}\t{text}\t1\n" for n, text in enumerate(judged)))
+    quoting = [
+        f"{other} {' '.join(text.split()[50:63]).upper()}, {other}"
+        for text, other in zip(judged, others, strict=False)
+    ]
+    near_enough = [f"{text} {' '.join(judged[0].split()[:12])}" for text in others[5:]]  # 12 words are not 13
+    write_lines(tmp_path / "text.txt", quoting + near_enough)
+    said = prepare("--decontaminate", tmp_path / "dev.tsv", text=[tmp_path / "text.txt"])
+    assert "left out 5: 13 words in a row as in dev.tsv" in said.stdout
+    kept = [
+        text
+        for name in ("train", "validation", "test")
+        if (tmp_path / "out" / f"{name}.bin").exists()
+        for text in documents(tmp_path / "out", name)
+    ]
+    assert sorted(kept) == sorted(near_enough)
+
+
+def test_a_unigram_tokenizer(prepare, harness, corpus, tmp_path):
+    for out in ("u1", "u2"):
+        prepare("--tokenizer_type", "unigram", out=out)
+    assert (tmp_path / "u1" / "train.bin").read_bytes() == (tmp_path / "u2" / "train.bin").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "u1" / "tokenizer")
+    pair = tokenizer("word1 word2", "word3")
+    assert tokenizer.convert_ids_to_tokens(pair.input_ids)[0] == "[CLS]" and pair.token_type_ids[-1] == 1
+    assert pair.input_ids.count(tokenizer.sep_token_id) == 2
+    found = [text for name in ("train", "validation", "test") for text in documents(tmp_path / "u1", name)]
+    assert sorted(found) == sorted(texts(900))
 
 
 def test_splits_follow_the_hash_alone():
@@ -255,14 +385,14 @@ def test_sentences_are_sequences_of_their_document(prepare, harness, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_every_document_is_in_one_shard(tmp_path, count):
-    files = [tmp_path / name for name in "abc"]
+    inputs = [TextFile(tmp_path / name) for name in "abc"]
     read = [
-        (path, document)
-        for shard in plan_shards(files, count)
-        for path, first, step in shard.parts
+        (one.path, document)
+        for shard in plan_shards(inputs, count)
+        for one, first, step in shard.parts
         for document in range(first, 20, step)
     ]
-    assert sorted(read) == [(path, document) for path in files for document in range(20)]
+    assert sorted(read) == [(one.path, document) for one in inputs for document in range(20)]
 
 
 def test_which_shards():
@@ -277,7 +407,7 @@ def test_which_shards():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tokenise"], "'tokenise' is no command: give tokenize, merge, inspect"),
+        (["tokenise"], "'tokenise' is no command: give download, tokenize, merge, inspect"),
         (["inspect"], "inspect takes one path"),
         (["tokenize", "1", "--shard_index", "2"], "give one of them"),
         (["--validation_split_percentage", "60", "--test_split_percentage", "40"], "leave nothing for training"),

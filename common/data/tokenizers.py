@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.bpe import bare_files, load_bare_files, train_byte_level_bpe
+from common.data.unigram_lm import train_unigram
 from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
 from common.data.wordpiece import load_vocab_file, train_wordpiece
 from common.errors import UserError, first_line
@@ -46,6 +47,7 @@ MASKED = TokenizerKind("WordPiece vocabulary", ("cls", "sep", "pad", "mask"), "a
 CAUSAL = TokenizerKind(
     "byte-level BPE vocabulary", ("eos",), "a tokenizer with an end-of-text token", train_byte_level_bpe
 )
+UNIGRAM = TokenizerKind("Unigram vocabulary", MASKED.needed, MASKED.wanted, train_unigram)
 
 
 def load_tokenizer(

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 from common.errors import UserError
 
-LEFT_OUT_TAGS = {"ref", "table", "gallery", "timeline", "math", "syntaxhighlight", "source", "imagemap"}
+LEFT_OUT_TAGS = {"table", "gallery", "timeline", "math", "syntaxhighlight", "source", "imagemap"}
 LEFT_OUT_LINKS = re.compile(r"\s*(file|image|category|media|[a-z-]{2,12})\s*:", re.IGNORECASE)  # and other languages'
+REFERENCES = re.compile(r"<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref\s*>|</?ref\b[^>]*>", re.IGNORECASE | re.DOTALL)
 BLANK = re.compile(r"\s*\n\s*\n\s*")
 EXTRACTED = '<doc id="'  # how a document of WikiExtractor begins
 
@@ -47,7 +48,7 @@ def plain(text: str) -> str:
         return text
     import mwparserfromhell
 
-    code = mwparserfromhell.parse(str(text))
+    code = mwparserfromhell.parse(REFERENCES.sub("", text))  # with broken markup in one the parser would give it up
     tags = code.ifilter_tags(matches=lambda tag: str(tag.tag).strip().lower() in LEFT_OUT_TAGS)
     links = code.ifilter_wikilinks(matches=lambda link: LEFT_OUT_LINKS.match(str(link.title)))
     for node in [*tags, *links]:

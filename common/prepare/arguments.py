@@ -10,16 +10,26 @@ from common.data.documents import check_separator
 from common.errors import UserError
 from common.prepare.cleaning import FILTERS
 
-COMMANDS = ("tokenize", "merge", "inspect")
-KINDS = ("wordpiece", "bpe")
+COMMANDS = ("download", "tokenize", "merge", "inspect")
+KINDS = ("wordpiece", "bpe", "unigram")
 
 
 @dataclass
 class PrepareArguments:
-    """Flags of tokenize and merge. Several raise UserError."""
+    """Flags of download, tokenize and merge. Several raise UserError."""
 
     input: list[str] | None = HfArg(
-        default=None, help="Files, folders or globs: txt, json, jsonl (also compressed), parquet."
+        default=None,
+        help="Files, folders, globs, http addresses, or pile: txt, json, jsonl, csv, tsv, parquet, Wikipedia's dumps, "
+        "WikiExtractor's files, Megatron's .bin; also compressed or in archives.",
+    )
+    dataset_name: str | None = HfArg(default=None, help="A dataset on the hub, or a folder laid out as one; streamed.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    dataset_split: str = HfArg(default="train", help="Its split.")
+    weights: list[float] | None = HfArg(
+        default=None,
+        help="Of every --input (and the dataset behind them): the share of the training tokens it shall have. Text is "
+        "repeated or left out for that.",
     )
     output_dir: str = HfArg(default="prepared", help="Gets shards/, tokenizer/ and train, validation, test.")
     num_shards: int | None = HfArg(default=None, help="Parts that are done one by one. Default: one for each file.")
@@ -35,7 +45,12 @@ class PrepareArguments:
     tokenizer_name: str | None = HfArg(
         default=None, help="Hub name, folder, tokenizer.json or vocab.txt. Default: train one."
     )
-    tokenizer_type: str = HfArg(default="wordpiece", help="What is trained: wordpiece (BERT) or bpe (OPT).")
+    tokenizer_type: str = HfArg(
+        default="wordpiece", help="What is trained: wordpiece (BERT), bpe (OPT) or unigram (ALBERT)."
+    )
+    input_tokenizer_name: str | None = HfArg(
+        default=None, help="The tokenizer that made Megatron's .bin. Default: --tokenizer_name."
+    )
     tokenizer_train_vocab_size: int = HfArg(default=30528, help="Most tokens of a trained tokenizer.")
     cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
     trust_remote_code: bool = HfArg(default=False, help="Let code that comes with a tokenizer run.")
@@ -50,14 +65,25 @@ class PrepareArguments:
     language: str = HfArg(default="en", help="Of the text, for --split_sentences: en, de, fr, ...")
     validation_split_percentage: float = HfArg(default=1.0, help="Share of the documents for validation.")
     test_split_percentage: float = HfArg(default=1.0, help="Share of the documents for test.")
-    deduplicate: bool = HfArg(default=True, help="Keep the first of equal documents alone.")
+    deduplicate: bool = HfArg(default=True, help="Keep one of equal documents.")
+    near_duplicates: bool = HfArg(
+        default=False, help="Keep one of nearly equal documents too (MinHash with FineWeb's settings)."
+    )
+    deduplicate_lines: int = HfArg(
+        default=0, help="Lines that occur more often are left out from then on; 0: none, for text without templates."
+    )
+    decontaminate: list[str] | None = HfArg(
+        default=None, help="Leave out documents with 13 words in a row as in these files, such as GLUE's."
+    )
     workers: int | None = HfArg(default=None, help="Tokenizing processes, up to 0.5 GB each. Default: the cores.")
+    checksums: str | None = HfArg(default=None, help="SHA-256 of what is downloaded, a file as sha256sum writes it.")
+    remove_downloads: bool = HfArg(default=False, help="Remove what a shard downloaded when it is finished.")
     overwrite_output_dir: bool = HfArg(default=False, help="Prepare again what was prepared with other settings.")
 
     def __post_init__(self):
         for name in ("num_shards", "workers", "tokenizer_train_vocab_size"):
             flags.at_least(self, name, 1)
-        for name in ("shard_index", "max_bad_records"):
+        for name in ("shard_index", "max_bad_records", "deduplicate_lines"):
             flags.at_least(self, name, 0)
         flags.one_of("tokenizer_type", self.tokenizer_type, KINDS)
         flags.one_of("filter", self.filter, ["none", *FILTERS])
@@ -68,6 +94,17 @@ class PrepareArguments:
             raise UserError(
                 "--append_eod is for GPT, --split_sentences for BERT's sentence objectives: give one of them"
             )
+        if self.split_sentences and self.deduplicate_lines:
+            raise UserError(
+                "--deduplicate_lines and --split_sentences: one cuts documents into lines: give one of them"
+            )
+        if self.weights is not None:
+            sources = len(self.input or []) + bool(self.dataset_name)
+            if len(self.weights) != sources or min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
+                raise UserError(
+                    f"--weights {' '.join(map(str, self.weights))}: give one for each --input and the dataset "
+                    f"({sources}), none below 0, not all 0"
+                )
         if self.validation_split_percentage + self.test_split_percentage >= 100:
             raise UserError("--validation_split_percentage and --test_split_percentage leave nothing for training")
 

@@ -10,8 +10,11 @@ from common.data.tokenizers import corpus_encoder
 from common.data.tokenizing import join_ids
 from common.data.wikipedia import plain
 from common.prepare.cleaning import make_cleaner
+from common.prepare.overlap import Contamination, band_hashes
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 200  # of what is left out for a reason
+NO_LINE = 0  # instead of the hash of a sequence that is never a repeated line
+PARTS = ("document", "sentence", "line")  # what a sequence of a shard can be
 
 
 def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
@@ -19,35 +22,77 @@ def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
 
     Args:
         how: backend_json: the backend tokenizer's to_str(); dtype: numpy integer type of the ids; eod: id that ends
-            every document, None for none; sentences_in: language of the sentences that are sequences, None for whole
-            documents; preset, fix_unicode: as make_cleaner's.
+            every document, None for none; part: what is a sequence, of PARTS; language: of the sentences;
+            preset, fix_unicode: as make_cleaner's; decontaminate: files, as Contamination's; near_duplicates: whether
+            documents are prepared for that.
         say: function that prints.
     Returns:
-        function of (texts, numbers of their sources) giving (tokens [T] of dtype, lengths int32 [n] of the sequences,
-        counts int32 [d] of sequences in a document, hashes of the texts uint64 [d], the numbers uint16 [d], list of
-        (reason, text) of what is left out); what has no token is left out without a word.
+        function of (texts, numbers of their sources) giving a dict; d documents, s sequences, what has no token is
+        left out without a word:
+            tokens: [T] of dtype; lengths: int32 [s] of the sequences; counts: int32 [d] sequences in a document;
+            hashes: uint64 [d] of the texts; sources: uint16 [d]; characters, words: uint32 [d];
+            bands: uint64 [BANDS, d], where asked for; lines: uint64 [s] hashes of the lines, where they are the parts;
+            left_out: list of (reason, text).
     """
-    dtype, language = how["dtype"], how["sentences_in"]
+    dtype, eod = how["dtype"], how["eod"]
     encode = corpus_encoder(how["backend_json"], dtype, say)
     clean = make_cleaner(how["preset"], how["fix_unicode"])
-    end = b"" if how["eod"] is None else np.array([how["eod"]], dtype).tobytes()
+    contamination = Contamination(how["decontaminate"]) if how["decontaminate"] else None
+    split = _splitter(how["part"], how["language"])
+    end = b"" if eod is None else np.array([eod], dtype).tobytes()
+
+    def judge(text):
+        text, reason = clean(plain(text))
+        return text, reason or (contamination.where(text) if contamination else None)
 
     def encode_shard(batch):
-        judged = [(*clean(plain(text)), source) for text, source in zip(*batch, strict=True)]
+        judged = [(*judge(text), source) for text, source in zip(*batch, strict=True)]
         left_out = [(reason, text[:SAMPLE_CHARACTERS]) for text, reason, _ in judged if reason]
-        texts = [text for text, reason, _ in judged if not reason]
-        sources = [source for _, reason, source in judged if not reason]
-        sequences = [[text] if language is None else split_sentences(text, language) for text in texts]
-        encoded = iter(encode(list(chain.from_iterable(sequences))))
-        documents = [[ids for ids in islice(encoded, len(parts)) if ids] for parts in sequences]
-        kept = [at for at, parts in enumerate(documents) if parts]
-        counts = np.fromiter((len(documents[at]) for at in kept), np.int32, len(kept))
-        hashes = np.fromiter((document_hash(texts[at]) for at in kept), np.uint64, len(kept))
-        numbers = np.fromiter((sources[at] for at in kept), np.uint16, len(kept))
-        parts = [ids + end for at in kept for ids in documents[at]]
-        return *join_ids(parts, dtype), counts, hashes, numbers, left_out
+        taken = [(text, source, split(text)) for text, reason, source in judged if not reason]
+        encoded = iter(encode(list(chain.from_iterable(parts for *_, parts in taken))))
+        documents = []  # (text, source, [(part, its ids)])
+        for text, source, parts in taken:
+            if pairs := [pair for pair in zip(parts, islice(encoded, len(parts)), strict=True) if pair[1]]:
+                documents.append((text, source, pairs))
+        found = _facts(documents)
+        if how["near_duplicates"]:
+            found["bands"] = band_hashes([text for text, *_ in documents])
+        if how["part"] == "line":  # the end stands by itself: the last line may go
+            lines = [[*(line_hash(part) for part, _ in pairs), *([NO_LINE] if end else [])] for *_, pairs in documents]
+            found["lines"] = np.fromiter(chain.from_iterable(lines), np.uint64)
+            sequences = [[*(ids for _, ids in pairs), *([end] if end else [])] for *_, pairs in documents]
+        else:
+            sequences = [[ids + end for _, ids in pairs] for *_, pairs in documents]
+        found["tokens"], found["lengths"] = join_ids(list(chain.from_iterable(sequences)), dtype)
+        found["counts"] = np.fromiter(map(len, sequences), np.int32, len(sequences))
+        return found | {"left_out": left_out}
 
     return encode_shard
+
+
+def _facts(documents):
+    texts = [text for text, *_ in documents]
+    columns = {
+        "hashes": (np.uint64, map(document_hash, texts)),
+        "sources": (np.uint16, (source for _, source, _ in documents)),
+        "characters": (np.uint32, map(len, texts)),
+        "words": (np.uint32, (len(text.split()) for text in texts)),
+    }
+    return {name: np.fromiter(values, dtype, len(texts)) for name, (dtype, values) in columns.items()}
+
+
+def _splitter(part, language):
+    if part == "sentence":
+        return lambda text: split_sentences(text, language)
+    if part == "line":
+        return lambda text: text.splitlines(keepends=True)
+    return lambda text: [text]
+
+
+def line_hash(line: str) -> int:
+    """What equal lines have in common, white space around them apart; NO_LINE for a blank one."""
+    line = line.strip()
+    return document_hash(line) or 1 if line else NO_LINE
 
 
 def split_sentences(text: str, language: str) -> list[str]:
@@ -63,10 +108,8 @@ class Dropped:
     def __init__(self):
         self.reasons = {}
 
-    def add(self, left_out):
-        """Count. Args: left_out: list of (reason, text)."""
-        for reason, text in left_out:
-            entry = self.reasons.setdefault(reason, [0, []])
-            entry[0] += 1
-            if len(entry[1]) < SAMPLES:
-                entry[1].append(text)
+    def add(self, reason, texts, count=None):
+        """Count what is left out. Args: texts: examples, str; count: of all, None: there are no others."""
+        entry = self.reasons.setdefault(reason, [0, []])
+        entry[0] += len(texts) if count is None else count
+        entry[1] += [text[:SAMPLE_CHARACTERS] for text in texts[: SAMPLES - len(entry[1])]]

@@ -7,8 +7,8 @@ import numpy as np
 from common.data.token_files import BLOCK_TOKENS, TokenFile
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError
+from common.prepare.inputs import ANY
 from common.prepare.merge import SPLITS
-from common.prepare.settings import ANY
 
 BARS = 40  # of the histogram
 SHOWN_TOKENS = 60  # of a document
@@ -62,11 +62,16 @@ def describe(name, file, tokenizer):
     yield f"  tokens in a document: least {quantiles[0]:,}, quarter {quantiles[1]:,}, half {quantiles[2]:,}, "
     yield f"    three quarters {quantiles[3]:,}, most {quantiles[4]:,}; mean {lengths.mean():,.1f}"
     facts = file.metadata or {}
-    named = {label: counts for label, counts in facts.get("sources", {}).items() if label}
-    for label, (documents, tokens) in sorted(named.items(), key=lambda part: -part[1][1]):
-        yield f"  {tokens / total:6.1%} of the tokens: {label} ({documents:,} documents)"
-    if "characters" in facts:
-        yield f"  {facts['characters'] / total:.2f} characters in a token"
+    sources = facts.get("sources", {})
+    for label, (documents, tokens, *_) in sorted(sources.items(), key=lambda part: -part[1][1]):
+        if label:
+            yield f"  {tokens / total:6.1%} of the tokens: {label} ({documents:,} documents)"
+    totals = [
+        facts.get(name, sum(counts[at] for counts in sources.values()))
+        for at, name in ((2, "characters"), (3, "words"))
+    ]
+    if all(totals):
+        yield f"  {total / totals[1]:.2f} tokens for a word, {totals[0] / total:.2f} characters in a token"
     if tokenizer is not None and tokenizer.unk_token_id is not None:
         unknown = sum(
             int((file.tokens[at : at + BLOCK_TOKENS] == tokenizer.unk_token_id).sum())

@@ -2,31 +2,25 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import filelock
 import numpy as np
 
-from common.data.documents import BadRecords
+from common.data.documents import BadRecords, expand_files
 from common.data.prepare import TOKENIZER_SAMPLE_CHARACTERS
 from common.data.token_files import token_dtype
-from common.data.tokenizers import (
-    CAUSAL,
-    MASKED,
-    TokenizerKind,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from common.data.tokenizers import CAUSAL, MASKED, UNIGRAM, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from common.data.wikipedia import plain
 from common.errors import UserError
-from common.files import write_whole
+from common.files import crc32, write_whole
+from common.prepare.inputs import ANY
 from common.prepare.shards import refuse_other_settings
 from common.prepare.tokenize import shard_documents
 
-VERSION = 1
-KINDS = {"wordpiece": MASKED, "bpe": CAUSAL}
-ANY = TokenizerKind("tokenizer", (), "a tokenizer", train=None)  # what it is for is not known yet
+KINDS = {"wordpiece": MASKED, "bpe": CAUSAL, "unigram": UNIGRAM}
 NO_DOCUMENTS = "the input holds no documents (nothing but white space?); check --input and --text_column"
+VERSION = 2
 READING = (
     "text_column",
     "document_separator",
@@ -34,9 +28,9 @@ READING = (
     "max_bad_records",
     "filter",
     "fix_unicode",
-    "split_sentences",
     "language",
     "append_eod",
+    "near_duplicates",
 )
 
 
@@ -44,11 +38,13 @@ READING = (
 class Settings:
     """Of a prepared folder.
 
-    tokenizer: transformers' fast one. tokenizer_name: where it is from. shared: dict of what all shards are made with.
+    tokenizer: transformers' fast one. tokenizer_name: where it is from. decontaminate: list of paths. shared: dict of
+    what all shards are made with.
     """
 
     tokenizer: object = field(repr=False)
     tokenizer_name: str
+    decontaminate: list
     shared: dict
 
     @property
@@ -64,22 +60,28 @@ class Settings:
             "backend_json": self.tokenizer.backend_tokenizer.to_str(),
             "dtype": np.dtype(token_dtype(self.vocab_size)).str,
             "eod": self.tokenizer.eos_token_id if shared["append_eod"] else None,
-            "sentences_in": shared["language"] if shared["split_sentences"] else None,
+            "part": shared["part"],
+            "language": shared["language"],
+            "near_duplicates": shared["near_duplicates"],
+            "decontaminate": self.decontaminate,
             "preset": None if shared["filter"] == "none" else shared["filter"],
             "fix_unicode": shared["fix_unicode"],
         }
 
     def of_shard(self, shard):
         """dict of JSON values that decide a shard's bytes."""
-        parts = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, *cut] for path, *cut in shard.parts]
-        return self.shared | {"input": parts}
+        return self.shared | {"input": [[one.identity(), *cut] for one, *cut in shard.parts]}
+
+    def of_shard_file(self):
+        """dict for the .json of a shard's token file."""
+        return self.of_token_file() | {"unit": self.shared["part"]}
 
     def of_token_file(self):
         """dict for the .json of a token file."""
         roles = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
         found = {role: getattr(self.tokenizer, f"{role}_token_id") for role in roles}
         return {
-            "unit": "sentence" if self.shared["split_sentences"] else "document",
+            "unit": "sentence" if self.shared["part"] == "sentence" else "document",
             "tokenizer_name": self.tokenizer_name,
             "tokenizer_fingerprint": self.shared["tokenizer"],
             "vocab_size": self.vocab_size,
@@ -99,6 +101,9 @@ def make_settings(args, shards, folder, say):
         UserError: a tokenizer that cannot be used, a folder that was prepared with other settings.
     """
     asked = {"version": VERSION, "num_shards": len(shards)} | {name: getattr(args, name) for name in READING}
+    asked["part"] = "sentence" if args.split_sentences else "line" if args.deduplicate_lines else "document"
+    contaminated = [str(path) for pattern in args.decontaminate or () for path in expand_files(pattern)]
+    asked["decontaminate"] = [[Path(path).name, crc32(path)] for path in contaminated]
     named = args.tokenizer_name
     asked["trained"] = None if named else [args.tokenizer_type, args.tokenizer_train_vocab_size]
     recorded = folder / "settings.json"
@@ -120,13 +125,13 @@ def make_settings(args, shards, folder, say):
         if not known:
             tokenizer.save_pretrained(folder / "tokenizer")
             write_whole(recorded, json.dumps(shared, indent=2) + "\n")
-    return Settings(tokenizer, named or "trained on the data", shared)
+    return Settings(tokenizer, named or "trained on the data", contaminated, shared)
 
 
 def _train(kind, args, shards, say):
     sample, size, bad_records = [], 0, BadRecords(args.max_bad_records)
     for shard in shards:
-        for document, _ in shard_documents(shard, args, bad_records):
+        for document, _ in shard_documents(shard, args, bad_records, say):
             sample.append(plain(document))
             size += len(document)
             if size >= TOKENIZER_SAMPLE_CHARACTERS:

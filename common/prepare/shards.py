@@ -1,11 +1,14 @@
-"""Shards: which part of the input each of them reads, and what one that is finished has on the disk.
+"""Shards: which part of the text each of them reads, and what one that is finished has on the disk.
 
-A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.facts: uint64 [n] the hashes of
-their texts, ascending; uint32 [n] the number of the document that each belongs to; uint16 [n] each document's source,
-a number in the .json's list. The .json comes last and says with which settings; nothing counts without it.
+A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.facts with columns: for each
+document its source (uint16, a number in the .json's "inputs"), characters and words (uint32); the hashes of the texts
+(uint64, ascending) and the document that each belongs to (uint32); where they were asked for, the same of every band
+of near-duplicates, and the hashes of the lines with the sequence that each belongs to. The .json comes last and says
+with which settings; nothing counts without it.
 """
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +17,19 @@ import numpy as np
 from common.data.token_files import TokenFile
 from common.errors import UserError
 from common.files import crc32, flush
-
-FACTS = ("<u8", "<u4", "<u2")  # hashes, documents, sources
+from common.prepare.encoding import NO_LINE
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the input.
+    """A part of the text.
 
-    number: from 0. parts: (file, first, step): of the file the documents number first, first + step, ... from 0.
+    number: from 0. parts: (input, first, step): of the input (common.prepare.inputs) the documents number first,
+    first + step, ... from 0.
     """
 
     number: int
-    parts: tuple[tuple[Path, int, int], ...]
+    parts: tuple[tuple[object, int, int], ...]
 
     @property
     def name(self):
@@ -34,22 +37,22 @@ class Shard:
         return f"{self.number:05d}"
 
 
-def plan_shards(files, count=None):
-    """Deal files to shards, or, where there are fewer files than shards, each file's documents.
+def plan_shards(inputs, count=None):
+    """Deal inputs to shards, or, where there are fewer of them than shards, each one's documents.
 
     Args:
-        files: list of Path; count: shards, None for one of each file.
+        inputs: list; count: shards, None for one of each input.
     Returns:
         list of Shard.
     """
-    count = count or len(files)
-    if count <= len(files):
-        return [Shard(number, tuple((path, 0, 1) for path in files[number::count])) for number in range(count)]
-    sharing = [len(range(at, count, len(files))) for at in range(len(files))]  # shards that read this file
+    count = count or len(inputs)
+    if count <= len(inputs):
+        return [Shard(number, tuple((one, 0, 1) for one in inputs[number::count])) for number in range(count)]
+    sharing = [len(range(at, count, len(inputs))) for at in range(len(inputs))]  # shards that read this one
     return [
-        Shard(number, ((files[at], number // len(files), sharing[at]),))
+        Shard(number, ((inputs[at], number // len(inputs), sharing[at]),))
         for number in range(count)
-        for at in [number % len(files)]
+        for at in [number % len(inputs)]
     ]
 
 
@@ -80,23 +83,34 @@ class ShardFiles:
         refuse_other_settings(self.described_in, found, settings)
         return True
 
-    def write_facts(self, hashes, sources):
+    def write_facts(self, columns):
         """Write what is known of the documents beside their tokens.
 
         Args:
-            hashes: uint64 [n] of their texts, in their order; sources: uint16 [n].
+            columns: as make_shard_encoder gives them, of the whole shard.
         Returns:
-            the CRC-32 of the file.
+            dict for open(): the checksum of the file and where its columns are.
         """
-        order = np.argsort(hashes, kind="stable")
-        unfinished = Path(f"{self.facts_in}.tmp")
-        with open(unfinished, "wb") as file:
-            for column, dtype in zip((hashes[order], order, sources), FACTS, strict=True):
-                file.write(column.astype(dtype).tobytes())
-            flush(file)
-        checksum = crc32(unfinished)
-        unfinished.replace(self.facts_in)
-        return checksum
+        arrays = {name: columns[name] for name in ("sources", "characters", "words")}
+        arrays["hashes"], arrays["documents"] = _ordered(columns["hashes"])
+        for number, band in enumerate(columns.get("bands", ())):
+            arrays[f"band {number}"], arrays[f"documents of band {number}"] = _ordered(band)
+        if "lines" in columns:
+            sequences = np.flatnonzero(columns["lines"] != NO_LINE)
+            arrays["lines"], order = _ordered(columns["lines"][sequences])
+            arrays["sequences"] = sequences[order].astype(np.uint32)
+        unfinished, checksum = Path(f"{self.facts_in}.tmp"), 0
+        try:
+            with open(unfinished, "wb") as file:
+                for array in arrays.values():
+                    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+                    file.write(data)
+                    checksum = zlib.crc32(data, checksum)
+                flush(file)
+            unfinished.replace(self.facts_in)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return {"crc32": checksum, "columns": [[name, array.dtype.str, len(array)] for name, array in arrays.items()]}
 
     def open(self):
         """Open a finished shard whose files are what was written.
@@ -106,27 +120,44 @@ class ShardFiles:
         Raises:
             UserError: a file is damaged or missing.
         """
-        if not json.loads(self.described_in.read_bytes())["num_documents"]:
+        described = json.loads(self.described_in.read_bytes())
+        if not described["num_documents"]:
             return None
-        tokens = TokenFile(self.prefix)
-        tokens.verify()
-        number, at, columns = tokens.num_documents, 0, []
-        if not self.facts_in.exists() or crc32(self.facts_in) != tokens.metadata.get("facts"):
+        TokenFile(self.prefix).verify()
+        if not self.facts_in.exists() or crc32(self.facts_in) != described["facts"]["crc32"]:
             raise UserError(f"{self.facts_in}: damaged or missing; remove {self.described_in} and tokenize again")
-        for dtype in map(np.dtype, FACTS):
-            columns.append(np.memmap(self.facts_in, dtype, "r", offset=at, shape=(number,)))
-            at += number * dtype.itemsize
-        return FinishedShard(tokens, *columns)
+        return FinishedShard(self.prefix, self.facts_in, described)
 
 
-@dataclass(frozen=True)
 class FinishedShard:
-    """tokens: TokenFile; hashes, documents, sources: memory maps as described above."""
+    """A shard on the disk; what is asked for is mapped into memory.
 
-    tokens: TokenFile
-    hashes: np.ndarray
-    documents: np.ndarray
-    sources: np.ndarray
+    Args:
+        prefix: of the token file; facts_in: Path; described: what the .json says.
+    """
+
+    def __init__(self, prefix, facts_in, described):
+        self.prefix, self.facts_in, self.described = prefix, facts_in, described
+        self.num_documents = described["num_documents"]
+
+    def tokens(self):
+        """The TokenFile, whose index takes memory as long as it is kept."""
+        return TokenFile(self.prefix)
+
+    def column(self, wanted):
+        """A memory map of a column (see the head of this file), None where there is none of this name."""
+        at = 0
+        for name, dtype, size in self.described["facts"]["columns"]:
+            if name == wanted:
+                return np.memmap(self.facts_in, dtype, "r", offset=at, shape=(size,)) if size else np.empty(0, dtype)
+            at += np.dtype(dtype).itemsize * size
+        return None
+
+
+def _ordered(values):
+    """(the values ascending, uint32 where each of them was)."""
+    order = np.argsort(values, kind="stable")
+    return values[order], order.astype(np.uint32)
 
 
 def refuse_other_settings(where, found, wanted):

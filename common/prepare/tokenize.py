@@ -2,12 +2,11 @@
 
 import json
 import time
-from itertools import islice
 
 import filelock
 import numpy as np
 
-from common.data.documents import BadRecords, read_labelled
+from common.data.documents import BadRecords
 from common.data.token_files import TokenFileWriter, token_dtype
 from common.data.tokenizing import BATCH_CHARACTERS
 from common.data.workers import map_batches
@@ -34,74 +33,103 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
             if files.is_finished(settings):
                 say(f"shard {shard.number}: finished already")
                 return
-            _write(shard, files, settings, prepared_with, args, workers, say)
+            try:
+                _write(shard, files, settings, prepared_with, args, workers, say)
+            except OSError as error:
+                raise UserError(
+                    f"{files.prefix}: cannot be written ({error.strerror or error}); make room, and start again: "
+                    "finished shards stay"
+                ) from error
+            if args.remove_downloads:
+                for one, *_ in shard.parts:
+                    one.release()
     except filelock.Timeout:
         raise UserError(f"shard {shard.number}: another process is preparing it; wait, or give other shards") from None
 
 
 def _write(shard, files, settings, prepared_with, args, workers, say):
-    began = last_report = time.monotonic()
-    bad_records = BadRecords(args.max_bad_records)
-    characters = 0
-
-    sources = {}  # numbers by label
+    bad_records, progress, dropped = BadRecords(args.max_bad_records), _Progress(shard, say), Dropped()
+    sources = {}  # numbers by (input, label)
 
     def batches():
-        nonlocal characters
         batch, numbers, size = [], [], 0
-        for document, label in shard_documents(shard, args, bad_records):
+        for document, source in shard_documents(shard, args, bad_records, say):
             batch.append(document)
-            numbers.append(sources.setdefault(label, len(sources)))
+            numbers.append(sources.setdefault(source, len(sources)))
             size += len(document)
             if size >= BATCH_CHARACTERS:
-                characters += size
                 yield batch, numbers
                 batch, numbers, size = [], [], 0
-        characters += size
         yield batch, numbers
 
-    dtype = token_dtype(prepared_with.vocab_size)
     how = (prepared_with.how,)
     if workers == 1:
         results = map(make_shard_encoder(*how, say), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, say, flag="--workers")
-    dropped = Dropped()
-    facts_of_documents = []  # their hashes and the numbers of their sources
-    with TokenFileWriter(files.prefix, dtype) as writer:
-        for tokens, lengths, counts, *of_texts, left_out in results:
-            dropped.add(left_out)
-            writer.append(tokens, lengths, counts)
-            facts_of_documents.append(of_texts)
-            if time.monotonic() - last_report >= SECONDS_BETWEEN_REPORTS:
-                last_report = time.monotonic()
-                rate = characters / 1e6 / (last_report - began)
-                say(f"shard {shard.number}: {characters / 1e6:,.0f} MB of text so far, {rate:.1f} MB/s")
-        seconds = time.monotonic() - began
-        facts = {"settings": settings, "characters": characters, "bad_records": bad_records.count}
-        columns = map(np.concatenate, zip(*facts_of_documents, strict=True))
-        facts |= {"dropped": dropped.reasons}
-        facts |= {"seconds": round(seconds, 2), "sources": list(sources), "facts": files.write_facts(*columns)}
-        written = writer.finish(prepared_with.of_token_file() | facts)
+    columns = {}
+    with TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size)) as writer:
+        for found in results:
+            for reason, text in found.pop("left_out"):
+                dropped.add(reason, [text])
+            writer.append(*(found.pop(name) for name in ("tokens", "lengths", "counts")))
+            progress.add(int(found["characters"].sum()), writer.num_documents)
+            for name, column in found.items():
+                columns.setdefault(name, []).append(column)
+        columns = {name: np.concatenate(parts, axis=-1) for name, parts in columns.items()}
+        facts = {
+            "settings": settings,
+            "characters": int(columns["characters"].sum(dtype=np.int64)),
+            "words": int(columns["words"].sum(dtype=np.int64)),
+            "bad_records": bad_records.count,
+            "dropped": dropped.reasons,
+            "seconds": round(progress.seconds(), 2),
+            "inputs": [list(source) for source in sources],
+            "facts": files.write_facts(columns),
+        }
+        written = writer.finish(prepared_with.of_shard_file() | facts)
     line = {name: written[name] for name in ("num_documents", "num_tokens", "characters", "bad_records", "seconds")}
     with open(files.prefix.parent / "log.jsonl", "a") as log:
         log.write(json.dumps({"shard": shard.number} | line) + "\n")
     for reason, (count, _) in dropped.reasons.items():
         say(f"shard {shard.number}: left out {count:,}: {reason}")
     say(
-        f"shard {shard.number}: {written['num_documents']:,} documents, {characters / 1e6:,.1f} MB of text, "
-        f"{written['num_tokens'] / 1e6:.2f} M tokens in {seconds:.1f} s ({characters / 1e6 / seconds:.1f} MB/s)"
+        f"shard {shard.number}: {written['num_documents']:,} documents, {progress.done()}, "
+        f"{written['num_tokens'] / 1e6:.2f} M tokens"
     )
 
 
-def shard_documents(shard, args, bad_records):
-    """Yield (text, label) of a shard's documents.
+class _Progress:
+    """A line now and then on how far a shard is."""
+
+    def __init__(self, shard, say):
+        self.number, self.say = shard.number, say
+        self.began = self.reported = time.monotonic()
+        self.characters = 0
+
+    def add(self, characters, documents):
+        """Count text; documents: so far."""
+        self.characters += characters
+        if time.monotonic() - self.reported >= SECONDS_BETWEEN_REPORTS:
+            self.reported = time.monotonic()
+            self.say(f"shard {self.number}: {documents:,} documents so far, {self.done()}")
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def done(self):
+        size = self.characters / 1e6
+        return f"{size:,.1f} MB of text in {self.seconds():.1f} s ({size / self.seconds():.1f} MB/s)"
+
+
+def shard_documents(shard, args, bad_records, say):
+    """Yield (text, (number of the input, label)) of a shard's documents.
 
     Args:
-        shard: Shard; args: PrepareArguments; bad_records: BadRecords.
+        shard: Shard; args: PrepareArguments; bad_records: BadRecords; say: function that prints a line.
     """
-    for path, first, step in shard.parts:
-        documents = read_labelled([path], args.text_column, args.document_separator, bad_records)
-        for text, label in islice(documents, first, None, step):
+    for one, first, step in shard.parts:
+        one.fetch(say)
+        for text, label in one.documents(args, bad_records, first, step):
             if args.components is None or label in args.components:
-                yield text, label
+                yield text, (one.source, label)

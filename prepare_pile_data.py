@@ -22,7 +22,6 @@ from common.prepare.merge import SPLITS, merge
 from common.prepare.needs import announce
 from common.prepare.settings import make_settings
 from common.prepare.shards import plan_shards
-from common.prepare.tokenize import write_shard
 
 WRITTEN = (
     "settings.json",
@@ -31,8 +30,9 @@ WRITTEN = (
 )
 
 
-def main():
-    command, words, args = parse_command()
+def main(argv=None):
+    """Run a command. Args: argv: words behind the program's name; None: those of this process. Returns: exit code."""
+    command, words, args = parse_command(argv)
     say = partial(print, flush=True)
     if command == "inspect":
         return inspect(words[0], args, say)
@@ -55,8 +55,7 @@ def main():
         return 0
     settings = make_settings(args, shards, folder, say)
     if command != "merge":
-        for shard in chosen:
-            write_shard(shard, folder / "shards", settings, args, workers, say)
+        tokenize(chosen, folder / "shards", settings, args, workers, say)
     if command != "tokenize":
         merge(shards, folder, settings, args, say)
     return 0

@@ -18,6 +18,7 @@ from common.errors import UserError, first_line
 
 SNIFFED_BYTES = 8192  # a text file has no NUL byte among its first bytes; nearly every binary file does
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's \\ud800 without its other half, which no encoder takes
+SHOWN_COLUMNS = 10  # in a message
 JOINED_CHARACTERS = 1 << 20  # text collected before it is searched for a separator of the user's own
 
 # Text, but not of documents: read line by line it would train on separators and tags.
@@ -244,7 +245,10 @@ def _text_of(record, text_column: str, where: str, bad_records: BadRecords) -> I
 
 def missing_column(text_column: str, columns: Iterable[str]) -> str:
     """Say that the text column is absent, which columns there are, and the flag that chooses one."""
-    there = ", ".join(sorted(columns)) or "none"
+    names = sorted(columns)
+    there = ", ".join(names[:SHOWN_COLUMNS]) or "none"
+    if len(names) > SHOWN_COLUMNS:
+        there += f" and {len(names) - SHOWN_COLUMNS:,} more"
     return f'no column "{text_column}" (there are: {there}); choose one with --text_column'
 
 

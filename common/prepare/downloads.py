@@ -10,7 +10,7 @@ import requests
 from common.errors import UserError, first_line
 
 ATTEMPTS, FIRST_WAIT = 6, 1.0  # seconds; each wait is twice the one before
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16  # what is lost where a connection ends in the middle of one
 SECONDS_TO_ANSWER = 30
 SECONDS_BETWEEN_REPORTS = 30
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # status codes that may be others in a while

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import timedelta
 
 import filelock
 import numpy as np
@@ -17,6 +18,20 @@ from common.prepare.shards import ShardFiles
 SECONDS_BETWEEN_REPORTS = 30
 
 
+def tokenize(shards, folder, prepared_with, args, workers, say):
+    """Tokenize shards one after the other, as write_shard does. Args: shards: list of Shard."""
+    began, done = time.monotonic(), 0
+    sizes = [sum((one.size() or 0) / step for one, _, step in shard.parts) for shard in shards]
+    for number, shard in enumerate(shards, start=1):
+        if not write_shard(shard, folder, prepared_with, args, workers, say):
+            began = began if done else time.monotonic()
+            continue
+        done += sizes[number - 1]
+        if number < len(shards) and done:
+            left = sum(sizes[number:]) / done * (time.monotonic() - began)
+            say(f"{number} of {len(shards)} shards, about {timedelta(seconds=round(left))} left")
+
+
 def write_shard(shard, folder, prepared_with, args, workers, say):
     """Tokenize a shard, unless that is done.
 
@@ -24,6 +39,8 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
         shard: common.prepare.shards.Shard; folder: Path of the shards.
         prepared_with: common.prepare.settings.Settings.
         args: PrepareArguments; workers: processes; say: function that prints a line.
+    Returns:
+        bool: whether there was anything to do.
     Raises:
         UserError: unreadable input, a shard made with other settings, another process at work on this one.
     """
@@ -32,7 +49,7 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
         with filelock.FileLock(folder / f".{shard.name}.lock", timeout=0):
             if files.is_finished(settings):
                 say(f"shard {shard.number}: finished already")
-                return
+                return False
             try:
                 _write(shard, files, settings, prepared_with, args, workers, say)
             except OSError as error:
@@ -43,6 +60,7 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
             if args.remove_downloads:
                 for one, *_ in shard.parts:
                     one.release()
+            return True
     except filelock.Timeout:
         raise UserError(f"shard {shard.number}: another process is preparing it; wait, or give other shards") from None
 

@@ -24,6 +24,7 @@ test-all:
 
 bench: setup
 	$(PYTHON) -m benchmarks.bench_data
+	$(PYTHON) -m benchmarks.bench_prepare
 	$(PYTHON) -m benchmarks.bench_pretraining
 	$(PYTHON) -m benchmarks.bench_glue
 	$(PYTHON) -m benchmarks.bench_clm

@@ -22,6 +22,7 @@ from common.prepare.merge import SPLITS, merge
 from common.prepare.needs import announce
 from common.prepare.settings import make_settings
 from common.prepare.shards import plan_shards
+from common.prepare.tokenize import tokenize
 
 WRITTEN = (
     "settings.json",

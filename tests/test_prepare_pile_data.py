@@ -431,6 +431,37 @@ def test_bad_input_is_one_line_and_finished_shards_stay(prepare, corpus, tmp_pat
     assert "cut off" in prepare(code=2, text=[corpus / "d.txt.bz2"], out="cut").stderr
 
 
+def test_a_disk_that_fills_up(prepare, corpus, tmp_path):
+    prepare("--num_shards", 3)
+    tokenizer = tmp_path / "out" / "tokenizer"
+    words = [sys.executable, "prepare_pile_data.py", "--num_shards", 3, "--tokenizer_name", tokenizer, "--workers", 1]
+    words += ["--input", corpus / "a.txt", corpus / "b.txt", "--output_dir", tmp_path / "full"]
+    size = (tmp_path / "out" / "shards" / "00000.bin").stat().st_size
+    words = " ".join(map(str, words))
+    most = size // 1024 + 2  # KiB in a file: enough for a shard, not for all of them
+    ended = subprocess.run(
+        ["bash", "-c", f"ulimit -f {most}; {words}"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "cannot be written (File too large); make room" in ended.stderr
+    assert len(list((tmp_path / "full" / "shards").glob("*.bin"))) == 3 and not list(
+        (tmp_path / "full").rglob("*.tmp")
+    )
+    ended = subprocess.run(["bash", "-c", words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.count("finished already") == 3
+
+
+def test_one_document_of_200_mb(prepare, tmp_path):
+    line = " ".join(texts(100)) + "\n"
+    with open(tmp_path / "large.txt", "w") as file:
+        for _ in range(200_000_000 // len(line)):
+            file.write(line)
+    flags = ["--document_separator", "file", "--tokenizer_name", tmp_path / "out" / "tokenizer"]
+    prepare()
+    flags += ["--validation_split_percentage", 0, "--test_split_percentage", 0]
+    prepare(*flags, text=[tmp_path / "large.txt"], out="large")
+    assert TokenFile(tmp_path / "large" / "train").num_documents == 1
+
+
 def prepare_error(prepare, words):
     with pytest.raises(UserError) as caught:
         import prepare_pile_data

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import write_whole
 from common.prepare.encoding import SAMPLES, Dropped
 from common.prepare.repeated import Repeated
-from common.prepare.shards import ShardFiles
+from common.prepare.shards import ShardFiles, writing
 
 SPLITS = ("train", "validation", "test")
 BLOCK_TOKENS = 1 << 22  # copied at once; a longer document is copied whole
@@ -45,6 +45,16 @@ def merge(shards, folder, prepared_with, args, say):
     if _is_finished(folder / SPLITS[0], settings):  # the last one to be written
         say(f"{folder}: finished already")
         return
+    with writing(folder):
+        written, dropped = _write_splits(files, described, folder, prepared_with, settings, args)
+    for reason, (count, _) in dropped.reasons.items():
+        say(f"left out {count:,}: {reason}")
+    counts = ", ".join(f"{written[name][0]:,} for {name}" for name in SPLITS)
+    say(f"{folder}: {counts}; {sum(tokens for _, tokens in written.values()) / 1e6:.2f} M tokens")
+
+
+def _write_splits(files, described, folder, prepared_with, settings, args):
+    """Write everything. Returns: (documents and tokens by split, Dropped)."""
     opened = [shard for one in files if (shard := one.open())]
     with Repeated(opened, folder / "shards") as repeated:
         if args.deduplicate:
@@ -53,16 +63,13 @@ def merge(shards, folder, prepared_with, args, say):
             repeated.find_near_duplicates()
         if args.deduplicate_lines:
             repeated.find_lines(args.deduplicate_lines)
+        dropped = _dropped(described, opened, repeated, prepared_with.tokenizer)
+        write_whole(folder / "dropped.json", json.dumps(dropped.reasons, indent=2, ensure_ascii=False) + "\n")
         copies = _copies(opened, repeated, args)
         written = {}
         for name in reversed(SPLITS):
             written[name] = _write_split(name, opened, repeated, copies, folder, prepared_with, settings, args)
-        dropped = _dropped(described, opened, repeated, prepared_with.tokenizer)
-    write_whole(folder / "dropped.json", json.dumps(dropped.reasons, indent=2, ensure_ascii=False) + "\n")
-    for reason, (count, _) in dropped.reasons.items():
-        say(f"left out {count:,}: {reason}")
-    counts = ", ".join(f"{written[name][0]:,} for {name}" for name in SPLITS)
-    say(f"{folder}: {counts}; {sum(tokens for _, tokens in written.values()) / 1e6:.2f} M tokens")
+    return written, dropped
 
 
 def split_of(hashes, validation_percentage, test_percentage):

@@ -9,6 +9,7 @@ with which settings; nothing counts without it.
 
 import json
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,17 @@ def _ordered(values):
     """(the values ascending, uint32 where each of them was)."""
     order = np.argsort(values, kind="stable")
     return values[order], order.astype(np.uint32)
+
+
+@contextmanager
+def writing(where):
+    """Turn what a full or failing disk raises into one line. Args: where: Path. Raises: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot be written ({error.strerror or error}); make room and start again: what is done stays"
+        ) from error
 
 
 def refuse_other_settings(where, found, wanted):

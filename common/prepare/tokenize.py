@@ -13,7 +13,7 @@ from common.data.tokenizing import BATCH_CHARACTERS
 from common.data.workers import map_batches
 from common.errors import UserError
 from common.prepare.encoding import Dropped, make_shard_encoder
-from common.prepare.shards import ShardFiles
+from common.prepare.shards import ShardFiles, writing
 
 SECONDS_BETWEEN_REPORTS = 30
 
@@ -50,13 +50,8 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
             if files.is_finished(settings):
                 say(f"shard {shard.number}: finished already")
                 return False
-            try:
+            with writing(files.prefix):
                 _write(shard, files, settings, prepared_with, args, workers, say)
-            except OSError as error:
-                raise UserError(
-                    f"{files.prefix}: cannot be written ({error.strerror or error}); make room, and start again: "
-                    "finished shards stay"
-                ) from error
             if args.remove_downloads:
                 for one, *_ in shard.parts:
                     one.release()

@@ -1,0 +1,134 @@
+"""prepare_pile_data.py: its speed with one worker and with all, and its memory at three sizes of a corpus.
+
+    python -m benchmarks.bench_prepare [--megabytes 10,100,1000] [--rounds 3]
+
+Speed is the whole program's on a file of the middle size, start-up included, with one worker and with one for each
+core, and per core that of Rust's encode_batch_fast alone on the same text. Memory is read 20 times a second: the
+largest resident sizes that the program and any one of its workers had. Writes benchmarks/results/bench_prepare.json
+and a table in benchmarks/README.md.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.bench_data import ONE_CORE, embedded_text
+from benchmarks.bench_pretraining import DATA
+from benchmarks.interleaved import REPOSITORY, Case, median, ratio, run_rounds
+from benchmarks.results import spread, write_results
+
+TOKENIZERS = {"WordPiece": DATA / "vocab" / "bert-base-uncased", "byte-level BPE": DATA / "vocab" / "opt"}
+SECONDS_BETWEEN_READINGS = 0.05
+
+
+def main():
+    """Run all of it, or, as a case of a round, measure and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--megabytes", default="10,100,1000", help="Sizes of the corpora.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", nargs=3, help="Internal: workers (0: Rust alone), text, tokenizer.")
+    args = parser.parse_args()
+    if args.case:
+        workers, text, tokenizer = int(args.case[0]), Path(args.case[1]), args.case[2]
+        print(json.dumps(prepared(text, tokenizer, workers) if workers else rust(text, tokenizer)))
+        return
+    if not DATA.is_dir():
+        sys.exit(f"error: no folder {DATA}: set FRUGAL_TEST_DATA to a folder with wikitext-2 and vocab")
+    sizes = [int(part) for part in args.megabytes.split(",")]
+    table, details, cores = [], [], os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {size: corpus(Path(folder) / f"{size}.txt", size * 10**6) for size in sizes}
+        for name, tokenizer in TOKENIZERS.items():
+            text = texts[sizes[len(sizes) // 2]]
+            counts = {"one": 1, "all": cores, "rust": 0}
+            measured = run_rounds(
+                {case: case_of(number, text, tokenizer) for case, number in counts.items()}, args.rounds
+            )
+            details += [{"tokenizer": name, **figures} for figures in measured]
+            table += speed_lines(name, measured, cores)
+        for size, text in texts.items():
+            figures = prepared(text, TOKENIZERS["WordPiece"], cores)
+            details.append({"megabytes": size, **figures})
+            memory = f"{figures['parent'] / 1e6:.0f} MB, {figures['worker'] / 1e6:.0f} MB"
+            table.append({"what": f"{size:,} MB of text: memory of the program, of a worker", "measured": memory})
+    words = ["python", "-m", "benchmarks.bench_prepare", *sys.argv[1:]]
+    write_results("bench_prepare", shlex.join(words), table, details)
+
+
+def case_of(workers, text, tokenizer):
+    """A process of a round."""
+    command = [sys.executable, "-m", "benchmarks.bench_prepare", "--case", workers, text, tokenizer]
+    return Case(command, {} if workers else ONE_CORE)
+
+
+def speed_lines(name, measured, cores):
+    """Lines of the table for one tokenizer."""
+    gain = [value / cores for value in ratio(measured, "all", "one", "speed")]
+    return [
+        {"what": f"{name}: MB/s with one worker", "measured": spread(median(measured, "one", "speed"))},
+        {"what": f"{name}: MB/s with {cores}", "measured": spread(median(measured, "all", "speed"))},
+        {"what": f"{name}: efficiency of {cores} workers", "measured": spread(gain)},
+        {
+            "what": f"{name}: one worker's speed over encode_batch_fast's on one core",
+            "measured": spread(ratio(measured, "one", "rust", "speed")),
+        },
+    ]
+
+
+def corpus(path, size):
+    """A text file of documents that differ: WikiText-2 and the embedded corpus over and over, each line numbered."""
+    sources = [DATA / "wikitext-2" / "train.txt", embedded_text()]
+    lines = [line for source in sources for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with open(path, "w", encoding="utf-8") as file:
+        for number, line in enumerate(itertools.cycle(lines)):
+            if file.tell() >= size:
+                break
+            file.write(f"{line} {number}\n")
+    return path
+
+
+def prepared(text, tokenizer, workers):
+    """Run the program. Returns: speed in MB/s; largest resident bytes of the parent and of a worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "prepare_pile_data.py", "--input", text, "--tokenizer_name", tokenizer]
+        command += ["--output_dir", folder, "--workers", str(workers)]
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        parent, peaks = psutil.Process(process.pid), {"parent": 0, "worker": 0}
+        while process.poll() is None:
+            try:
+                peaks["parent"] = max(peaks["parent"], parent.memory_info().rss)
+                for child in parent.children():
+                    peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
+            except psutil.NoSuchProcess:
+                continue
+            time.sleep(SECONDS_BETWEEN_READINGS)
+        if process.returncode:
+            sys.exit(f"error: {shlex.join(map(str, command))} ended with code {process.returncode}")
+        return {"speed": text.stat().st_size / 1e6 / (time.perf_counter() - began), **peaks}
+
+
+def rust(text, tokenizer):
+    """Speed of the tokenizers library alone, on one core, in MB/s."""
+    from common.data.tokenizers import load_tokenizer
+    from common.prepare.inputs import ANY
+
+    backend = load_tokenizer(tokenizer, kind=ANY).backend_tokenizer
+    documents = text.read_text(encoding="utf-8").splitlines()
+    began = time.perf_counter()
+    for at in range(0, len(documents), 4000):
+        backend.encode_batch_fast(documents[at : at + 4000], add_special_tokens=False)
+    return {"speed": text.stat().st_size / 1e6 / (time.perf_counter() - began)}
+
+
+if __name__ == "__main__":
+    main()

@@ -53,14 +53,17 @@ class Progress:
             loss: of the last logged steps; None or NaN before there is one.
             tokens_per_second: real tokens, padding not counted; None before it is known.
         """
-        if not self.is_main:
-            return
-        remaining = "?" if remaining_seconds is None else format_duration(remaining_seconds)
-        text = f"{format_duration(used_seconds)}<{remaining}, step {step:,}"
+        text = f"{format_times(used_seconds, remaining_seconds)}, step {step:,}"
         if loss is not None and not math.isnan(loss):
             text += f", loss {loss:.3g}" if loss < 1 else f", loss {loss:.2f}"
         if tokens_per_second is not None:
             text += f", {format_count(tokens_per_second)} tokens/s"
+        self.show(share_done, text)
+
+    def show(self, share_done: float, text: str) -> None:
+        """Show a state, unless one was shown a moment ago. Args: share_done: in [0, 1]; text: behind the bar."""
+        if not self.is_main:
+            return
         self._pending = (min(1.0, max(0.0, share_done)), text)
         if self._now() - self._shown_at >= self._interval:
             self._show()
@@ -95,6 +98,11 @@ class Progress:
         self._bar.bar_format = bar_format
         self._bar.n = share
         self._bar.refresh()
+
+
+def format_times(used: float, remaining: float | None) -> str:
+    """65 and 125 seconds -> "1:05<2:05"; None is "?"."""
+    return f"{format_duration(used)}<{'?' if remaining is None else format_duration(remaining)}"
 
 
 def format_duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ def announce(shards, chosen, folder, workers, command, args, say):
     todo = [shard for shard in chosen if not (folder / "shards" / f"{shard.name}.json").exists()]
     inputs = {id(one): one for shard in todo for one, *_ in shard.parts}.values()
     unknown = sum(one.size() is None for one in inputs)
-    text = sum(map(_text_bytes, inputs))
+    text = sum(map(text_bytes, inputs))
     downloads = sum(one.missing() or 0 for one in inputs)
     written = downloads
     if command != "download":
@@ -37,7 +37,7 @@ def announce(shards, chosen, folder, workers, command, args, say):
         say(f"downloads: {_size(downloads)}")
     say(f"disk: about {_size(written)}, with downloads ({_size(free)} free)")
     if command != "download":
-        largest = max([0, *(sum(_text_bytes(one) / step for one, _, step in shard.parts) for shard in todo)])
+        largest = max(map(shard_bytes, todo), default=0)
         memory = largest / LEAST_DOCUMENT * SHARD_BYTES_PER_DOCUMENT
         say(f"memory: {workers} worker(s) of up to {_size(WORKER_BYTES)}, and {_size(memory)} for the shard in hand")
     if written * SPARE > free:
@@ -47,9 +47,14 @@ def announce(shards, chosen, folder, workers, command, args, say):
         )
 
 
-def _text_bytes(one):
-    """Of an input, uncompressed; 0 where nobody knows."""
+def text_bytes(one):
+    """About how many bytes of text an input holds; 0 where nobody knows. Args: one: of common.prepare.inputs."""
     return (one.size() or 0) * EXPANSION.get(one.path.suffix.lower(), 1.0)
+
+
+def shard_bytes(shard):
+    """The same of a Shard."""
+    return sum(text_bytes(one) / step for one, _, step in shard.parts)
 
 
 def _size(number):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from datetime import timedelta
+from contextlib import closing
 
 import filelock
 import numpy as np
@@ -13,15 +13,15 @@ from common.data.tokenizing import BATCH_CHARACTERS
 from common.data.workers import map_batches
 from common.errors import UserError
 from common.prepare.encoding import Dropped, make_shard_encoder
+from common.prepare.needs import shard_bytes
 from common.prepare.shards import ShardFiles, writing
-
-SECONDS_BETWEEN_REPORTS = 30
+from common.progress import Progress, format_duration, format_times
 
 
 def tokenize(shards, folder, prepared_with, args, workers, say):
     """Tokenize shards one after the other, as write_shard does. Args: shards: list of Shard."""
     began, done = time.monotonic(), 0
-    sizes = [sum((one.size() or 0) / step for one, _, step in shard.parts) for shard in shards]
+    sizes = list(map(shard_bytes, shards))
     for number, shard in enumerate(shards, start=1):
         if not write_shard(shard, folder, prepared_with, args, workers, say):
             began = began if done else time.monotonic()
@@ -29,7 +29,7 @@ def tokenize(shards, folder, prepared_with, args, workers, say):
         done += sizes[number - 1]
         if number < len(shards) and done:
             left = sum(sizes[number:]) / done * (time.monotonic() - began)
-            say(f"{number} of {len(shards)} shards, about {timedelta(seconds=round(left))} left")
+            say(f"{number} of {len(shards)} shards, about {format_duration(left)} left")
 
 
 def write_shard(shard, folder, prepared_with, args, workers, say):
@@ -61,12 +61,12 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
 
 
 def _write(shard, files, settings, prepared_with, args, workers, say):
-    bad_records, progress, dropped = BadRecords(args.max_bad_records), _Progress(shard, say), Dropped()
+    bad_records, meter, dropped = BadRecords(args.max_bad_records), _Meter(shard), Dropped()
     sources = {}  # numbers by (input, label)
 
     def batches():
         batch, numbers, size = [], [], 0
-        for document, source in shard_documents(shard, args, bad_records, say):
+        for document, source in shard_documents(shard, args, bad_records, meter.bar.note):
             batch.append(document)
             numbers.append(sources.setdefault(source, len(sources)))
             size += len(document)
@@ -77,16 +77,16 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
 
     how = (prepared_with.how,)
     if workers == 1:
-        results = map(make_shard_encoder(*how, say), batches())
+        results = map(make_shard_encoder(*how, meter.bar.note), batches())
     else:
-        results = map_batches(batches(), make_shard_encoder, how, workers, say, flag="--workers")
+        results = map_batches(batches(), make_shard_encoder, how, workers, meter.bar.note, flag="--workers")
     columns = {}
-    with TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size)) as writer:
+    with closing(meter.bar), TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size)) as writer:
         for found in results:
             for reason, text in found.pop("left_out"):
                 dropped.add(reason, [text])
             writer.append(*(found.pop(name) for name in ("tokens", "lengths", "counts")))
-            progress.add(int(found["characters"].sum()), writer.num_documents)
+            meter.add(int(found["characters"].sum()), writer.num_documents)
             for name, column in found.items():
                 columns.setdefault(name, []).append(column)
         columns = {name: np.concatenate(parts, axis=-1) for name, parts in columns.items()}
@@ -96,7 +96,7 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
             "words": int(columns["words"].sum(dtype=np.int64)),
             "bad_records": bad_records.count,
             "dropped": dropped.reasons,
-            "seconds": round(progress.seconds(), 2),
+            "seconds": round(meter.seconds(), 2),
             "inputs": [list(source) for source in sources],
             "facts": files.write_facts(columns),
         }
@@ -107,32 +107,33 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
     for reason, (count, _) in dropped.reasons.items():
         say(f"shard {shard.number}: left out {count:,}: {reason}")
     say(
-        f"shard {shard.number}: {written['num_documents']:,} documents, {progress.done()}, "
+        f"shard {shard.number}: {written['num_documents']:,} documents, {meter.speed()}, "
         f"{written['num_tokens'] / 1e6:.2f} M tokens"
     )
 
 
-class _Progress:
-    """A line now and then on how far a shard is."""
+class _Meter:
+    """How far a shard is, on a bar or in a line now and then."""
 
-    def __init__(self, shard, say):
-        self.number, self.say = shard.number, say
-        self.began = self.reported = time.monotonic()
+    def __init__(self, shard):
+        self.bar = Progress(True, f"shard {shard.number}")
+        self.expected = shard_bytes(shard)
+        self.began = time.monotonic()
         self.characters = 0
 
     def add(self, characters, documents):
         """Count text; documents: so far."""
         self.characters += characters
-        if time.monotonic() - self.reported >= SECONDS_BETWEEN_REPORTS:
-            self.reported = time.monotonic()
-            self.say(f"shard {self.number}: {documents:,} documents so far, {self.done()}")
+        share = self.characters / self.expected if self.expected else 0.0
+        left = self.seconds() * (1 / share - 1) if 0 < share < 1 else None
+        self.bar.show(share, f"{format_times(self.seconds(), left)}, {documents:,} documents, {self.speed()}")
 
     def seconds(self):
         return time.monotonic() - self.began
 
-    def done(self):
+    def speed(self):
         size = self.characters / 1e6
-        return f"{size:,.1f} MB of text in {self.seconds():.1f} s ({size / self.seconds():.1f} MB/s)"
+        return f"{size:,.1f} MB of text, {size / self.seconds():.1f} MB/s"
 
 
 def shard_documents(shard, args, bad_records, say):

@@ -110,7 +110,7 @@ def can_be_cached(tokenizer: dict) -> bool:
 
 
 class CheckedEncoder:
-    """Encodes by a cache for as long as it agrees with Rust, on SAMPLE and on the first documents; else by Rust.
+    """Encodes by a cache for as long as it agrees with Rust, on SAMPLE and on the first documents' text; else by Rust.
 
     Args:
         encode: the cache's way from a list of documents to a list of their ids, as bytes.
@@ -124,19 +124,18 @@ class CheckedEncoder:
         self._compare(SAMPLE)
 
     def __call__(self, documents: list[str]) -> list[bytes]:
-        number = 0
-        while self.unchecked > 0 and number < len(documents):
-            self.unchecked -= len(documents[number])
-            number += 1
-        checked = self._compare(documents[:number])
-        return checked + self.encode(documents[number:])
+        for document in documents:
+            if self.unchecked <= 0:
+                break
+            self._compare([document[: self.unchecked]])  # of a huge one Rust takes a hundred bytes for each token
+            self.unchecked -= len(document)
+        return self.encode(documents)
 
-    def _compare(self, documents: list[str]) -> list[bytes]:
-        expected = self.encode_by_rust(documents)
-        if self.encode != self.encode_by_rust:
-            for document, ids in zip(documents, expected, strict=True):
-                if self.encode([document]) != [ids]:
-                    self.say(f"note: the word cache is off, for it differs from the tokenizer on {document[:60]!r}")
-                    self.encode = self.encode_by_rust
-                    break
-        return expected
+    def _compare(self, documents: list[str]) -> None:
+        if self.encode == self.encode_by_rust:
+            return
+        for document, ids in zip(documents, self.encode_by_rust(documents), strict=True):
+            if self.encode([document]) != [ids]:
+                self.say(f"note: the word cache is off, for it differs from the tokenizer on {document[:60]!r}")
+                self.encode = self.encode_by_rust
+                break

@@ -1,6 +1,6 @@
 """The training step of run_clm.py against that of Hugging Face's causal-LM example, at OPT-125m's shape.
 
-    python -m benchmarks.bench_clm [--rounds 5] [--rows 125m-128,125m-512]
+    python -m benchmarks.bench_clm [--rounds 5] [--rows 125m-128,125m-512,125m-1024]
 
 Ours is what `python run_clm.py --throughput_steps N` runs with its defaults, at the same row length; the example is
 benchmarks/clm_example.py, once in a stock environment, as its user runs it, and once in ours. Writes
@@ -35,7 +35,11 @@ class Row:
     warm_up: int = 1  # of the example; ours has its own
 
 
-CPU_ROWS = {"125m-128": Row("125m", 128, steps=3), "125m-512": Row("125m", 512)}
+CPU_ROWS = {
+    "125m-128": Row("125m", 128, steps=3),
+    "125m-512": Row("125m", 512),
+    "125m-1024": Row("125m", 1024),  # the example's own default
+}
 GPU_ROWS = {"125m-1024": Row("125m", 1024, steps=20, warm_up=10)}
 ROWS = GPU_ROWS if torch.cuda.is_available() else CPU_ROWS
 

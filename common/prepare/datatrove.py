@@ -9,9 +9,13 @@
 and then `python prepare_pile_data.py merge --num_shards 30` with the same flags.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 from datatrove.pipeline.base import PipelineStep
 
-from prepare_pile_data import main
+SCRIPT = Path(__file__).resolve().parents[2] / "prepare_pile_data.py"
 
 
 class TokenizeShard(PipelineStep):
@@ -28,6 +32,7 @@ class TokenizeShard(PipelineStep):
         self.flags = [str(flag) for flag in flags]
 
     def run(self, data=None, rank=0, world_size=1):
-        """Tokenize shard `rank` of `world_size`. Raises: common.errors.UserError."""
-        main(["tokenize", "--num_shards", str(world_size), "--shard_index", str(rank), *self.flags])
+        """Tokenize shard `rank` of `world_size`. Raises: subprocess.CalledProcessError: its log says why."""
+        shard = ["--num_shards", str(world_size), "--shard_index", str(rank)]
+        subprocess.run([sys.executable, SCRIPT, "tokenize", *shard, *self.flags], check=True)
         return data

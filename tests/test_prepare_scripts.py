@@ -27,13 +27,14 @@ def number_of_documents(folder):
             8,
         ),
         ("prepare_pile.sh", ["all", "vocab/bert-base-uncased", "pile/*.jsonl"], 20),
+        ("prepare_pile.sh", ["all", "vocab/bert-base-uncased", "wikitext-2/*.txt", "--workers", 2], 10_000),
         ("prepare_wikipedia.sh", ["wikipedia/enwiki*.bz2", "vocab/bert-base-uncased"], 50),
         ("prepare_wikipedia.sh", ["wikipedia/wikiextractor", "vocab/bert-base-uncased"], 1),
         ("prepare_bookcorpus.sh", ["books/*.txt", "train", "--document_separator", "blank_line"], 500),
     ],
 )
 def test_real_text_is_prepared_and_trained_on(harness, data_folder, tmp_path, script, arguments, least):
-    words = [data_folder / word if "/" in word else word for word in arguments]
+    words = [data_folder / word if "/" in str(word) else word for word in arguments]
     harness.command("bash", f"scripts/{script}", tmp_path / "out", *words).check()
     assert number_of_documents(tmp_path / "out") >= least
     flags = ["--dataset_path", tmp_path / "out", *STEPS, "--fp32", "--output_dir", tmp_path / "run"]

@@ -41,7 +41,8 @@ BAD_FILES = {
     "truncated": (gzip.compress(LINE.encode() * 999)[:-99], "corpus.txt.gz", ["corpus.txt.gz"]),
     "malformed": ('{"text": "fine"}\n{"text": \n', "corpus.jsonl", ["corpus.jsonl:2", "--max_bad_records"]),
     "no column": ('{"body": "fine"}\n', "corpus.jsonl", ["--text_column", "body"]),
-    "a table": ("id,text\n1,fine\n", "corpus.csv", ["corpus.csv", "jsonl"]),
+    "a page": ("<html><p>fine</p></html>\n", "corpus.html", ["corpus.html", "jsonl"]),
+    "no text column": ("id,body\n1,fine\n", "corpus.csv", ["--text_column", "body"]),
     "too small": (f"{LINE}\nAnother one.\n", "corpus.txt", ["--max_seq_length 64"]),
 }
 

@@ -73,7 +73,8 @@ def main():
 
     # ---- Data, model, optimizer ------------------------------------------------------------------
     corpus, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
-    masking = Masking.for_tokenizer(corpus.tokenizer, data_args.mlm_probability)
+    flags = ("mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
+    masking = Masking.for_tokenizer(corpus.tokenizer, **{name: getattr(data_args, name) for name in flags})
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)

@@ -122,6 +122,15 @@ class DataArguments(TextArguments):
     mlm_probability: float = HfArg(
         default=0.4, help="Share of a row's positions that are predicted, in (0, 1); validation always masks 0.15."
     )
+    masking: str = HfArg(
+        default="token",
+        help="What is chosen together: token, whole_word, or ngram: one to three words in proportion to 1/n, as in "
+        "Megatron. Validation always chooses tokens.",
+    )
+    mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become [MASK].")
+    random_replace_prob: float = HfArg(
+        default=0.1, help="Share of them that become a random token; what is left stays as it is."
+    )
 
 
 @dataclass
@@ -219,4 +228,12 @@ def _check_data(data):
     check_text(data)
     one_of("packing", data.packing, ["documents", "concat"])
     between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    one_of("masking", data.masking, ["token", "whole_word", "ngram"])
+    for name in ("mask_replace_prob", "random_replace_prob"):
+        between(data, name, 0, 1)
+    if data.mask_replace_prob + data.random_replace_prob > 1:
+        raise UserError(
+            f"--mask_replace_prob {data.mask_replace_prob} and --random_replace_prob {data.random_replace_prob} are "
+            "more than 1 together: lower one of them"
+        )
     at_least(data, "max_seq_length", 8)

@@ -1,11 +1,12 @@
-"""Optimizers by name: one of the registry below, or any class as module:Class."""
+"""Optimizers by name: one of the registry below, any of torch.optim, or a class of a file or a module."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -149,7 +150,7 @@ def _twin(optimizer, groups):
 
 
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
-    """Look up a name in the registry, or import module:Class from the working directory or the Python path.
+    """Look up a name in the registry or in torch.optim, or load file.py:Class or module:Class.
 
     Raises:
         UserError: no such name, module or class, or something that is not a torch optimizer.
@@ -157,22 +158,50 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     if optimizer_type in OPTIMIZERS:
         return OPTIMIZERS[optimizer_type]
     flag = f"--optimizer_type {optimizer_type}"
-    module_name, colon, class_name = optimizer_type.partition(":")
+    if name := _torch_names().get(optimizer_type.lower()):
+        return getattr(torch.optim, name)
+    module_name, colon, class_name = optimizer_type.rpartition(":")
     if not (module_name and colon and class_name):
-        raise UserError(f"{flag}: no such optimizer; choose {', '.join(OPTIMIZERS)}, or give a class as module:Class")
-    if os.getcwd() not in sys.path:  # a script's own folder is there, the working directory is not
-        sys.path.append(os.getcwd())
+        known = ", ".join([*OPTIMIZERS, *sorted(_torch_names().keys() - OPTIMIZERS.keys())])
+        raise UserError(
+            f"{flag}: no such optimizer; choose {known}, or give a class as path/to/file.py:Class or module:Class"
+        )
     try:
-        module = importlib.import_module(module_name)
+        module = _load(module_name)
     except Exception as error:  # importing runs the user's file, which may fail in any way
         raise UserError(
-            f"{flag}: importing {module_name} from the working directory or PYTHONPATH failed: "
+            f"{flag}: importing {module_name} failed (seen from the working directory and PYTHONPATH): "
             f"{type(error).__name__}: {_one_line(error)}"
         ) from error
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise UserError(f"{flag}: {module_name} has no class {class_name} derived from torch.optim.Optimizer")
     return found
+
+
+def _torch_names():
+    """Classes of torch.optim that a step without a closure is enough for: {name in lower case: name}."""
+    found = {name.lower(): name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
+    return {lower: found[lower] for lower in found.keys() - {"optimizer", "lbfgs", "sparseadam", "muon"}}
+
+
+def _load(module_name):
+    """A module by its name, or by the path of its file."""
+    if not module_name.endswith(".py"):
+        if os.getcwd() not in sys.path:  # a script's own folder is there, the working directory is not
+            sys.path.append(os.getcwd())
+        return importlib.import_module(module_name)
+    path = Path(module_name).expanduser().resolve()
+    name = f"frugal_{path.stem}"  # under a name of its own, so that its classes can be found again when pickled
+    if name not in sys.modules or sys.modules[name].__file__ != str(path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def parse_optimizer_args(optimizer_args: list[str] | None, accepted: set[str], class_name: str) -> dict:

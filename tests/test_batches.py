@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.batches import EvalBatches, Masking, TrainBatches
-from common.data.masking import derive_key, mask_rows, permute, targets_per_row
+from common.data.masking import choose_tokens, derive_key, permute, replace_tokens, targets_per_row
 from common.data.packing import ConcatenatedRows, DocumentRows, Frame
 from plain import TOKENIZER, token_file
 
 CPU = torch.device("cpu")
+
+
+def mask_rows(ids, is_text, keys, k, vocab_size, mask_id):
+    return replace_tokens(ids, choose_tokens(is_text, keys, k), keys, vocab_size, mask_id)
 
 
 def make_rows(tmp_path, documents=200, seq_length=32):

@@ -8,14 +8,16 @@ another number of processes, sees the same global batches.
 import queue
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from math import gcd
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from common.data.masking import derive_key, mask_rows, permute, targets_per_row
+from common.data.masking import REPLACED, choose_tokens, derive_key, permute, replace_tokens, targets_per_row
 from common.data.tokenizers import vocabulary_size
+from common.data.words import RUN_WORDS, choose_words, word_begins
 
 LOCATED_ROWS = 1 << 14  # a place in the order costs 0.1 KB
 BUILT_TOKENS = 1 << 17  # of several micro-batches; about 6 MB while they are made
@@ -30,16 +32,33 @@ class Masking:
     probability: float
     vocab_size: int
     mask_id: int
+    replaced: tuple[int, int, int] = REPLACED  # see replace_tokens
+    word_begins: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # bool [V]; None: tokens are chosen
+    run_words: int = 1  # most words in a row that are chosen together
     labels: ClassVar[str] = "masked_labels"  # which of a batch's arrays says what is predicted,
     weights: ClassVar[str] = "masked_weights"  # and which what counts
 
     @classmethod
-    def for_tokenizer(cls, tokenizer, probability):
-        return cls(probability, vocabulary_size(tokenizer), tokenizer.mask_token_id)
+    def for_tokenizer(
+        cls, tokenizer, mlm_probability, masking="token", mask_replace_prob=0.8, random_replace_prob=0.1
+    ):
+        """As the flags of these names say. Args: tokenizer: transformers' fast one, with a mask token."""
+        shares = [round(share * 1000) for share in (mask_replace_prob, random_replace_prob)]
+        common = gcd(*shares, 1000)
+        return cls(
+            mlm_probability,
+            vocabulary_size(tokenizer),
+            tokenizer.mask_token_id,
+            (*(share // common for share in shares), 1000 // common),
+            None if masking == "token" else word_begins(tokenizer),
+            RUN_WORDS if masking == "ngram" else 1,
+        )
 
     def for_validation(self):
-        """The same for all runs: 15 % are masked."""
-        return replace(self, probability=EVAL_PROBABILITY)
+        """The same for all runs: 15 % of the tokens are chosen, and treated as in BERT."""
+        return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id)
 
     def targets(self, rows, row):
         """[B]: positions that count in each row. Args: rows, row as make_batch."""
@@ -54,8 +73,13 @@ class Masking:
             dict: input_ids, position_ids, document_ids [B, S]; masked_positions, masked_labels, masked_weights [B, k].
         """
         batch, k = rows.build(row), targets_per_row(self.probability, rows.seq_length)
-        chosen = mask_rows(batch["input_ids"], batch.pop("is_text"), keys, k, self.vocab_size, self.mask_id)
-        return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), chosen, strict=True))
+        ids, is_text = batch["input_ids"], batch.pop("is_text")
+        if self.word_begins is None:
+            chosen = choose_tokens(is_text, keys, k)
+        else:
+            chosen = choose_words(is_text, self.word_begins[ids], keys, k, self.run_words)
+        targets = replace_tokens(ids, chosen, keys, self.vocab_size, self.mask_id, self.replaced)
+        return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
 
 
 class NextToken:

@@ -5,8 +5,8 @@ B rows, S tokens in a row, k targets in a row.
 
 import numpy as np
 
-MASKED, RANDOM = 8, 1  # tenths; the last one stays as it is (Devlin et al. 2019, section 3.1)
-ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM = range(3)
+REPLACED = 8, 1, 10  # of ten 8 become [MASK], 1 a random token, 1 stays as it is (Devlin et al. 2019, section 3.1)
+ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM, RUN_STREAM = range(4)
 NOT_TEXT = np.uint32(2**32 - 1)  # above every score
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -43,37 +43,50 @@ def targets_per_row(mlm_probability, seq_length):
     return max(1, round(mlm_probability * seq_length))
 
 
-def mask_rows(input_ids, maskable, keys, k, vocab_size, mask_id):
-    """Choose k targets in each row and corrupt them 80/10/10.
+def choose_tokens(is_text, keys, k):
+    """Choose k tokens of each row.
+
+    Args:
+        is_text: [B, S] bool; keys: [B] uint64, one key for each row; k: targets in a row.
+    Returns:
+        [B, k] uint32 positions, ascending; NOT_TEXT for what a row has too few of.
+    """
+    width = is_text.shape[1]
+    score = _scores(derive_key(keys, CHOICE_STREAM), width)
+    score[~is_text] = NOT_TEXT
+    lowest = np.partition(score, k - 1, axis=1)[:, :k]
+    chosen = np.where(lowest < NOT_TEXT, lowest & column_bits(width), NOT_TEXT)  # what is not text sorts behind
+    chosen.sort(axis=1)
+    return chosen
+
+
+def replace_tokens(input_ids, chosen, keys, vocab_size, mask_id, replaced=REPLACED):
+    """Take the chosen tokens out of rows.
 
     Args:
         input_ids: [B, S] int64, C-contiguous; changed in place.
-        maskable: [B, S] bool: where text stands.
+        chosen: [B, k] uint32, as choose_tokens gives them.
         keys: [B] uint64, one key for each row.
-        k: targets in a row.
-        vocab_size: random replacements are drawn below it.
-        mask_id: id of [MASK].
+        vocab_size: random replacements are drawn below it; mask_id: id of [MASK].
+        replaced: (masked, random, of): of so many `masked` become [MASK], `random` become another token.
     Returns:
         (positions, labels, weights): [B, k] int64, int64, float32; positions ascend. A row with less than k positions
         to choose from repeats one of them with weight 0.
     Source: Devlin et al. 2019, section 3.1 (arXiv:1810.04805), with an exact count in place of a rate.
     """
-    rows, width = input_ids.shape
-    score = _scores(derive_key(keys, CHOICE_STREAM), width)
-    score[~maskable] = NOT_TEXT
-    lowest = np.partition(score, k - 1, axis=1)[:, :k]
-    chosen = np.where(lowest < NOT_TEXT, lowest & _column_bits(width), NOT_TEXT)  # what is not text sorts behind
-    chosen.sort(axis=1)
+    (rows, width), k = input_ids.shape, chosen.shape[1]
     usable = chosen < NOT_TEXT
     positions = np.where(usable, chosen, np.minimum(chosen[:, :1], width - 1)).astype(np.int64)
     flat_ids, place = input_ids.reshape(-1), positions + np.arange(rows)[:, None] * width
     labels = flat_ids[place]
 
-    # one number below 10 V decides: 8 V of them mean [MASK], V of them name a token, the last V leave it
-    number = random_halves(derive_key(keys, CORRUPTION_STREAM), k) * np.uint64(10 * vocab_size) >> np.uint64(32)
+    # one number below, say, 10 V decides: 8 V of them mean [MASK], V of them name a token, the last V leave it
+    masked, other, of = replaced
+    number = random_halves(derive_key(keys, CORRUPTION_STREAM), k) * np.uint64(of * vocab_size) >> np.uint64(32)
     number = number.astype(np.int64)
-    masked_below, random_below = MASKED * vocab_size, (MASKED + RANDOM) * vocab_size
-    unmasked = np.where(number < random_below, number - masked_below, labels)
+    masked_below, random_below = masked * vocab_size, (masked + other) * vocab_size
+    token = number - masked_below if other == 1 else (number - masked_below) // max(other, 1)
+    unmasked = np.where(number < random_below, token, labels)
     corrupted = np.where(number < masked_below, mask_id, unmasked)
     flat_ids[place[usable]] = corrupted[usable]
     return positions, labels, usable.astype(np.float32)
@@ -97,12 +110,13 @@ def _scores(keys, width):
     Returns:
         [B, S] uint32, below NOT_TEXT.
     """
-    score = random_halves(keys, width) & (np.uint32(2**31 - 1) ^ _column_bits(width))
+    score = random_halves(keys, width) & (np.uint32(2**31 - 1) ^ column_bits(width))
     score |= np.arange(width, dtype=np.uint32)
     return score
 
 
-def _column_bits(width):
+def column_bits(width):
+    """The bits of a uint32 that number `width` columns."""
     return np.uint32((1 << (width - 1).bit_length()) - 1)
 
 

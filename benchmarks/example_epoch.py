@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling
 
 from benchmarks.interleaved import REPOSITORY
+from common.models.families import FAMILIES
 from common.models.layers import make_fast, use_attention
-from common.models.mlm import FAMILIES
 
 DATA = os.environ.get("FRUGAL_TEST_DATA", REPOSITORY.parent / "shared" / "data")
 WORK = REPOSITORY / "runs" / "cache" / "benchmarks"
@@ -132,7 +132,7 @@ class Example:
         self.learning_rate = learning_rate
         self.model = stock_model(tokenizer, seed, dropout).train()
         if not in_full:
-            self.model.__class__ = FAMILIES["bert"][1]
+            self.model.__class__ = FAMILIES["bert"].model
             self.model.packs_documents = False
             make_fast(self.model)
             use_attention(self.model, "sdpa")

@@ -56,6 +56,9 @@ REPLACED_FLAGS = {
     "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
 }
 
+MODEL_TYPES = ("bert", "roberta", "albert", "megatron-bert")
+ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
+
 # What may still be chosen when the model is given by its weights.
 FREE_WITH_WEIGHTS = (
     "model_name_or_path",
@@ -71,7 +74,8 @@ class ModelArguments:
 
     model_type: str = HfArg(
         default="bert",
-        help="bert or megatron-bert (= bert with --encoder_ln_mode pre-ln); bert-mlm, ExtremeBERT's name, means bert.",
+        help="bert, roberta, albert (layers share their weights), or megatron-bert (= bert with --encoder_ln_mode "
+        "pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert and roberta.",
     )
     model_size: str = HfArg(default="mini", help=f"Preset: {', '.join(MODEL_SIZES)}.")
     model_name_or_path: str | None = HfArg(
@@ -185,13 +189,14 @@ def frozen_flags():
 
 
 def _check_model(model, data, defaults):
-    if model.model_type == "bert-mlm":
-        model.model_type = "bert"
-    one_of("model_type", model.model_type, ["bert", "megatron-bert"], note=" (or bert-mlm)")
+    model.model_type = ALIASES.get(model.model_type, model.model_type)
+    one_of("model_type", model.model_type, MODEL_TYPES, note=f" (or {', '.join(ALIASES)})")
     if model.encoder_ln_mode is not None:
         one_of("encoder_ln_mode", model.encoder_ln_mode, ["post-ln", "pre-ln"])
-    if model.model_type == "megatron-bert" and model.encoder_ln_mode == "post-ln":
-        raise UserError("--model_type megatron-bert contradicts --encoder_ln_mode post-ln: drop one of them")
+    if model.encoder_ln_mode and model.model_type != "bert":
+        if (model.encoder_ln_mode == "pre-ln") != (model.model_type == "megatron-bert"):
+            mode = f"--encoder_ln_mode {model.encoder_ln_mode}"
+            raise UserError(f"--model_type {model.model_type} contradicts {mode}: drop one of them")
     one_of("model_size", model.model_size, list(MODEL_SIZES))
     one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
     one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa", "flex_attention"])

@@ -19,6 +19,8 @@ PRESETS = {  # of a model type: its sizes, the smallest first, and a size's shap
     "opt": (OPT_SIZES, opt_shape),
     "bert": (MODEL_SIZES, model_shape),
     "megatron-bert": (MODEL_SIZES, model_shape),
+    "roberta": (MODEL_SIZES, model_shape),
+    "albert": (MODEL_SIZES, model_shape),
 }
 
 

@@ -14,7 +14,8 @@ from common.data.masking import targets_per_row
 from common.errors import UserError, run_main
 from common.memory import GB, Workload
 from common.memory_plan import format_plan, planned
-from common.models.mlm import FAMILIES, LEAST_POSITIONS
+from common.models.families import FAMILIES
+from common.models.mlm import LEAST_POSITIONS
 from common.models.presets import MODEL_SIZES, OPT_ALIASES, OPT_SIZES, model_shape, opt_shape
 
 BATCH, LENGTH = 16, 1024  # rows and tokens, where nothing is said: run_clm.sh's

@@ -38,7 +38,8 @@ def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
     everywhere = (layers - 1) * layer + keys_and_values
     at_targets = layer - keys_and_values
     attention = 2 * width * seq_length * (tokens * (layers - 1) + targets)
-    head = width**2 + width * config.vocab_size
+    of_words = getattr(config, "embedding_size", width)
+    head = of_words * (width + config.vocab_size)
     return layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention) + 6 * targets * head
 
 

@@ -25,8 +25,8 @@ from transformers import (
 from causal import causal_run
 from common.checkpoint import latest_checkpoint
 from common.errors import UserError
+from common.models.families import FAMILIES
 from common.models.layers import make_fast, use_attention
-from common.models.mlm import FAMILIES
 from common.models.presets import model_shape
 from common.parallel.fp8 import LEAST_CAPABILITY, TORCHAO, check_fp8, describe_layers, recipe
 from fp8_emulated import emulated
@@ -117,7 +117,7 @@ def mini_model():
     """bert-mini, as a run builds it, and a batch of 64 rows."""
     torch.manual_seed(0)
     shape = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": 1024}
-    model = FAMILIES["bert"][1](BertConfig(**model_shape("mini"), **shape))
+    model = FAMILIES["bert"].model(BertConfig(**model_shape("mini"), **shape))
     make_fast(model)
     use_attention(model, "sdpa")
     model.packs_documents = False

@@ -22,9 +22,9 @@ from common.errors import UserError
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import GB, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan, planned
+from common.models.families import FAMILIES
 from common.models.footprint import footprint, parameter_count
 from common.models.layers import make_fast, use_attention
-from common.models.mlm import FAMILIES
 from common.models.presets import OPT_SIZES, opt_shape
 from common.utilisation import peak_resident_bytes, resident_bytes
 from pretraining import results
@@ -115,7 +115,7 @@ def test_activations_of_causal_models(name, packed):
 @pytest.mark.parametrize("name", MASKED)
 def test_activations_of_masked_models(name):
     config, rows, length, targets = MASKED[name], 3, 32, 5
-    model = FAMILIES[config.model_type][1](config).train()
+    model = FAMILIES[config.model_type].model(config).train()
     make_fast(model)
     use_attention(model, "sdpa")
     ids, some = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, targets, dtype=torch.int64)

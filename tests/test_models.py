@@ -18,7 +18,7 @@ from common.models.mlm import build_mlm_model
 
 VOCABULARY = 300
 B, S = 6, 24
-FAMILIES = ["post-ln", "pre-ln"]
+FAMILIES = ["post-ln", "pre-ln", "roberta", "albert"]
 
 
 class Tokenizer:
@@ -30,7 +30,8 @@ class Tokenizer:
 
 def build(mode="post-ln", attention="sdpa", packing="documents", **changes):
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    model_args = ModelArguments(encoder_ln_mode=mode, **{**shape, **changes})
+    kind = {"encoder_ln_mode": mode} if mode.endswith("-ln") else {"model_type": mode}
+    model_args = ModelArguments(**kind, **{**shape, **changes})
     torch.manual_seed(0)
     model = build_mlm_model(model_args, DataArguments(max_seq_length=S, packing=packing), Tokenizer())
     use_attention(model, attention)

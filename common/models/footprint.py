@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
 from common.models.causal import set_attention
+from common.models.families import FAMILIES
 from common.models.layers import make_fast, use_attention
-from common.models.mlm import FAMILIES
 from common.models.presets import feed_forward_size
 from common.optimizers import hidden_matrices
 from common.parallel.slicing import narrow_layers, transformer_layers
@@ -126,7 +126,7 @@ def _numbers(module):
 
 def _build(config, head, slices):
     if head == "masked":
-        model = FAMILIES[config.model_type][1](config)
+        model = FAMILIES[config.model_type].model(config)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if slices > 1:

@@ -9,8 +9,10 @@ B batch, S sequence, N wanted positions in a row, H hidden size, A heads, D head
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+from transformers.models.albert.modeling_albert import AlbertLayer
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from common.models.attention import MASKS
 
@@ -40,7 +42,8 @@ def attend(attention, path, hidden, mask, wanted):
         query = attention.query(take(hidden, wanted))
     heads = (-1, attention.attention_head_size)
     query, key, value = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key, value))  # [B, A, S, D]
-    dropout = attention.dropout.p if attention.training else 0.0
+    dropout = (attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout).p
+    dropout = dropout if attention.training else 0.0
     scaling = attention.attention_head_size**-0.5
     output, _ = path(attention, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
     return output.flatten(2)
@@ -55,8 +58,8 @@ def _project(layers, hidden):
     return F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
 
 
-class PostNormLayer(BertLayer):
-    """A BertLayer whose forward computes what pretraining needs."""
+class PostNormMixin:
+    """A forward pass for BERT's layers and RoBERTa's that computes what pretraining needs."""
 
     def forward(self, hidden, mask=None, wanted=None):
         """hidden [B, S, H]; mask and wanted as attend. Returns [B, S, H], or [B, N, H]."""
@@ -70,24 +73,57 @@ class PreNormLayer(MegatronBertLayer):
     """A MegatronBertLayer whose forward computes what pretraining needs, by any attention path."""
 
     def forward(self, hidden, mask=None, wanted=None):
-        """As PostNormLayer.forward."""
+        """As PostNormMixin.forward."""
         residual = hidden if wanted is None else take(hidden, wanted)
         hidden = attend(self.attention.self, self.attention_path, self.attention.ln(hidden), mask, wanted)
         hidden = self.attention.output(hidden, residual)
         return self.output(self.intermediate(self.ln(hidden)), hidden)
 
 
-FAST = {BertLayer: PostNormLayer, MegatronBertLayer: PreNormLayer}
+class PostNormLayer(PostNormMixin, BertLayer):
+    """A BertLayer."""
+
+
+class RobertaPostNormLayer(PostNormMixin, RobertaLayer):
+    """A RobertaLayer."""
+
+
+class SharedLayer(AlbertLayer):
+    """An AlbertLayer whose forward computes what pretraining needs; it is called several times."""
+
+    def forward(self, hidden, mask=None, wanted=None):
+        """As PostNormMixin.forward."""
+        residual = hidden if wanted is None else take(hidden, wanted)
+        attention = self.attention
+        hidden = attend(attention, self.attention_path, hidden, mask, wanted)
+        hidden = attention.LayerNorm(residual + attention.output_dropout(attention.dense(hidden)))
+        return self.full_layer_layer_norm(self.ff_chunk(hidden) + hidden)
+
+
+FAST = {
+    BertLayer: PostNormLayer,
+    MegatronBertLayer: PreNormLayer,
+    RobertaLayer: RobertaPostNormLayer,
+    AlbertLayer: SharedLayer,
+}
+
+
+def encoder_layers(model):
+    """The layers of a stock model, each once."""
+    encoder = model.base_model.encoder
+    if hasattr(encoder, "albert_layer_groups"):
+        return [layer for group in encoder.albert_layer_groups for layer in group.albert_layers]
+    return list(encoder.layer)
 
 
 def make_fast(model):
     """Give the encoder layers of a stock model the forward passes above; use_attention must follow."""
-    for layer in model.base_model.encoder.layer:
+    for layer in encoder_layers(model):
         layer.__class__ = FAST[type(layer)]
 
 
 def use_attention(model, name):
     """Choose the attention path of all layers, by its name in transformers' interface, and the masks of its kind."""
     model.document_mask = MASKS[name]
-    for layer in model.base_model.encoder.layer:
+    for layer in encoder_layers(model):
         layer.attention_path = AttentionInterface()[name]

@@ -64,7 +64,7 @@ LLAMA = Plan(
     },
     attention=("self_attn.q_proj", "self_attn.o_proj"),
 )
-PLANS = {"bert": BERT, "megatron-bert": BERT, "opt": OPT, "llama": LLAMA}  # by model_type
+PLANS = {"bert": BERT, "megatron-bert": BERT, "roberta": BERT, "opt": OPT, "llama": LLAMA}  # by model_type
 
 
 def slice_layers(model, layers, mesh):

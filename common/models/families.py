@@ -1,0 +1,133 @@
+"""The families that are pretrained: stock transformers classes, with the head and the loss on the masked positions.
+
+B batch, S sequence, k masked positions in a row, H hidden size, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from common.models.attention import compute_dtype
+from common.models.head_loss import head_loss
+
+
+class MaskedPositionsMixin:
+    """Gives a stock masked-language model a forward pass that computes logits for the masked positions only."""
+
+    packs_documents = True  # rows hold several documents that must not see each other
+
+    def forward(
+        self, input_ids, position_ids, document_ids, masked_positions, masked_labels, masked_weights, loss_denominator
+    ):
+        """Loss of a micro-batch.
+
+        Args:
+            input_ids, position_ids, document_ids: [B, S] int64.
+            masked_positions, masked_labels: [B, k] int64: where, and what was there.
+            masked_weights: [B, k] float32: 1, or 0 for a position that only fills the shape.
+            loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
+                so that the mean over micro-batches is the loss of the global batch however it was cut.
+        Returns:
+            HeadLoss; outside training with `losses` and `correct`, [B, k].
+        """
+        mask = mask_of_masked = None
+        if self.packs_documents:
+            dtype = compute_dtype(document_ids.device)
+            mask = self.document_mask(document_ids, dtype)
+            mask_of_masked = self.document_mask(document_ids, dtype, masked_positions)
+        hidden = self._embed(input_ids, position_ids)  # [B, S, H]
+        *layers, last = self._layers()
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        hidden = last(hidden, mask_of_masked, masked_positions)  # [B, k, H]
+        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+
+    def _layers(self):
+        """The layers in the order in which they are called; one may be there several times."""
+        return self.base_model.encoder.layer
+
+    def _transform(self, hidden):
+        """What the output embedding is multiplied with. Args: hidden: [B, k, H], of the last layer."""
+        if hasattr(self.base_model.encoder, "ln"):  # of the pre-norm family
+            hidden = self.base_model.encoder.ln(hidden)
+        return self.cls.predictions.transform(hidden)
+
+    def _embed(self, input_ids, position_ids):
+        embeddings = self.base_model.embeddings
+        of_place = embeddings.position_embeddings(position_ids) + embeddings.token_type_embeddings.weight[0]
+        hidden = embeddings.word_embeddings(input_ids) + of_place
+        if hasattr(embeddings, "LayerNorm"):  # the pre-norm family has it in its layers
+            hidden = embeddings.LayerNorm(hidden)
+        return embeddings.dropout(hidden)
+
+
+class RobertaMixin(MaskedPositionsMixin):
+    """The same for RoBERTa: positions are counted from behind the padding's id, and the head has other names."""
+
+    def _embed(self, input_ids, position_ids):
+        return super()._embed(input_ids, position_ids + first_position(self.config))
+
+    def _transform(self, hidden):
+        return self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
+
+
+class AlbertMixin(MaskedPositionsMixin):
+    """The same for ALBERT: narrow embeddings, and layers that share their parameters."""
+
+    def _embed(self, input_ids, position_ids):
+        return self.base_model.encoder.embedding_hidden_mapping_in(super()._embed(input_ids, position_ids))
+
+    def _layers(self):
+        groups, layers = self.base_model.encoder.albert_layer_groups, self.config.num_hidden_layers
+        chosen = (groups[number * len(groups) // layers] for number in range(layers))
+        return [layer for group in chosen for layer in group.albert_layers]
+
+    def _transform(self, hidden):
+        head = self.predictions
+        return head.LayerNorm(head.activation(head.dense(hidden)))
+
+
+class Family(NamedTuple):
+    """config: its configuration class; model: the class that is trained; published: what its published models have and
+    its configuration does not by itself."""
+
+    config: type
+    model: type
+    published: dict = {}
+
+
+def _with_masked_positions(mixin, stock):
+    # The same class name, because save_pretrained writes it into config.json.
+    return type(stock.__name__, (mixin, stock), {"__module__": __name__})
+
+
+FAMILIES = {
+    "bert": Family(BertConfig, _with_masked_positions(MaskedPositionsMixin, BertForMaskedLM)),
+    "megatron-bert": Family(MegatronBertConfig, _with_masked_positions(MaskedPositionsMixin, MegatronBertForMaskedLM)),
+    "roberta": Family(
+        RobertaConfig,
+        _with_masked_positions(RobertaMixin, RobertaForMaskedLM),
+        {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
+    "albert": Family(AlbertConfig, _with_masked_positions(AlbertMixin, AlbertForMaskedLM)),
+}
+
+
+def first_position(config):
+    """The row of the position embedding that the first token of a text has."""
+    return config.pad_token_id + 1 if config.model_type == "roberta" else 0
+
+
+def positions(config):
+    """How many tokens a model of this configuration can read."""
+    return config.max_position_embeddings - first_position(config)

@@ -169,9 +169,9 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     try:
         module = _load(module_name)
     except Exception as error:  # importing runs the user's file, which may fail in any way
+        where = "" if module_name.endswith(".py") else " from the working directory or PYTHONPATH"
         raise UserError(
-            f"{flag}: importing {module_name} failed (seen from the working directory and PYTHONPATH): "
-            f"{type(error).__name__}: {_one_line(error)}"
+            f"{flag}: importing {module_name}{where} failed: {type(error).__name__}: {_one_line(error)}"
         ) from error
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):

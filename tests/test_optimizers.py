@@ -335,7 +335,7 @@ def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
     [
         (
             {"optimizer_type": "adamz"},
-            "adamz: no such optimizer; choose adamw, adam, sgd, lamb, muon, or .*module:Class",
+            "adamz: no such optimizer; choose adamw, adam, sgd, lamb, muon, adadelta, .* file.py:Class or module:Class",
         ),
         ({"optimizer_type": ":Class"}, "no such optimizer"),
         ({"optimizer_type": "no_such_module:Class"}, "importing no_such_module .* failed: ModuleNotFoundError"),
@@ -358,6 +358,18 @@ def test_bad_input_is_one_line_with_the_remedy(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         build_optimizer(small_model(), arguments(**changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_a_file_by_its_path(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nclass Half(torch.optim.SGD):\n    pass\n")
+    half = build_optimizer(small_model(), arguments(optimizer_type=f"{tmp_path}/mine.py:Half"))
+    assert type(half).__name__ == "Half" and type(half).__module__ == "frugal_mine" in sys.modules
+    with pytest.raises(UserError, match="importing .*none.py failed: FileNotFoundError"):
+        build_optimizer(small_model(), arguments(optimizer_type=f"{tmp_path}/none.py:Half"))
+
+
+def test_an_optimizer_of_torch_by_its_name():
+    assert type(build_optimizer(small_model(), arguments(optimizer_type="radam"))) is torch.optim.RAdam
 
 
 def test_what_is_wrong_in_the_users_own_file_is_said(own_module, tmp_path):

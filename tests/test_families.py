@@ -1,0 +1,43 @@
+"""Every model family with every way of masking: it learns, is saved as stock transformers' own, and is fine-tuned."""
+
+import pytest
+from transformers import AutoModelForMaskedLM
+
+from pretraining import losses, results, small_run
+
+FAMILIES = {"bert": "bert", "megatron-bert": "megatron-bert", "roberta": "roberta", "albert": "albert"}
+MASKINGS = ("token", "whole_word", "ngram")
+FIRST = {("roberta", "whole_word"), ("albert", "ngram"), ("bert", "ngram")}
+
+
+@pytest.mark.parametrize(
+    ("family", "masking"),
+    [
+        pytest.param(family, masking, marks=() if (family, masking) in FIRST else pytest.mark.exhaustive)
+        for family in FAMILIES
+        for masking in MASKINGS
+    ],
+)
+def test_it_learns_and_is_saved_as_stock(harness, tiny_corpus, cache, out, family, masking):
+    flags = ["--model_type", family, "--masking", masking, "--learning_rate", 5e-3]
+    harness.run(*small_run(tiny_corpus, cache, out, *flags, steps=20)).check()
+    course = list(losses(out).values())
+    assert len(course) == 20 and sum(course[-5:]) < sum(course[:5])
+    model, info = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.model_type == FAMILIES[family] and results(out)["train_steps"] == 20
+
+
+@pytest.mark.parametrize("family", ["roberta", "albert"])
+def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tmp_path, family):
+    harness.run(*small_run(tiny_corpus, cache, out, "--model_type", family, steps=2)).check()
+    task = tmp_path / "train.tsv"
+    task.write_text(
+        "sentence\tlabel\n" + "".join(f"{'good' if n % 2 else 'bad'} word {n}\t{n % 2}\n" for n in range(64))
+    )
+    flags = ["--model_name_or_path", out, "--train_file", task, "--validation_file", task, "--do_train", "--do_eval"]
+    flags += ["--output_dir", tmp_path / "glue", "--max_train_steps", 3, "--cache_dir", cache]
+    harness.run("run_glue.py", *flags).check()
+    more = ["--model_name_or_path", out, "--max_seq_length", 64, "--train_file", tiny_corpus, "--cache_dir", cache]
+    more += ["--max_train_steps", 2, "--train_batch_size", 8, "--output_dir", tmp_path / "more", "--fp32"]
+    harness.run("run_pretraining.py", *more).check()

@@ -8,7 +8,7 @@ from transformers.hf_argparser import HfArg
 from common.data.glue import DIAGNOSTIC, TASKS, find_task
 from common.errors import UserError
 from common.flags import PrecisionArguments, at_least, between, drop_replaced, one_of, parse, positive
-from common.schedulers import CURVE_NAMES, check_curve
+from common.schedulers import KNOWN_CURVES, check_curve
 
 # Of Hugging Face's example and of ExtremeBERT's run_glue.sh.
 REPLACED_FLAGS = {
@@ -92,7 +92,7 @@ class GlueTrainingArguments(PrecisionArguments):
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
 
     optimizer_type: str = HfArg(
-        default="adamw", help="adamw, muon, adam, sgd, or module:Class of any torch optimizer."
+        default="adamw", help="adamw, muon, adam, sgd, any other of torch.optim, or a class as file.py:Class."
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
@@ -103,7 +103,7 @@ class GlueTrainingArguments(PrecisionArguments):
     adam_beta2: float = HfArg(default=0.999, help="Decay of the second moment.")
     adam_epsilon: float = HfArg(default=1e-8, help="Added to the denominator.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient; 0 = off.")
-    lr_scheduler_type: str = HfArg(default="linear", help=f"Curve after the warm-up: {', '.join(CURVE_NAMES)}.")
+    lr_scheduler_type: str = HfArg(default="linear", help=f"Curve after the warm-up: {KNOWN_CURVES}.")
     warmup_ratio: float = HfArg(
         default=0.0, aliases=["--warmup_proportion"], help="Share of the steps for the linear warm-up."
     )

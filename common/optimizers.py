@@ -1,12 +1,8 @@
 """Optimizers by name: one of the registry below, any of torch.optim, or a class of a file or a module."""
 
 import ast
-import importlib.util
 import inspect
-import os
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 
@@ -14,6 +10,7 @@ from common.errors import UserError
 from common.hardware import AUTOCAST
 from common.optim.lamb import Lamb
 from common.optim.muon import Muon
+from common.plugins import is_plugin, load_plugin
 
 OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (params, lr, ...)
     "adamw": torch.optim.AdamW,
@@ -160,21 +157,14 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     flag = f"--optimizer_type {optimizer_type}"
     if name := _torch_names().get(optimizer_type.lower()):
         return getattr(torch.optim, name)
-    module_name, colon, class_name = optimizer_type.rpartition(":")
-    if not (module_name and colon and class_name):
+    if not is_plugin(optimizer_type):
         known = ", ".join([*OPTIMIZERS, *sorted(_torch_names().keys() - OPTIMIZERS.keys())])
         raise UserError(
             f"{flag}: no such optimizer; choose {known}, or give a class as path/to/file.py:Class or module:Class"
         )
-    try:
-        module = _load(module_name)
-    except Exception as error:  # importing runs the user's file, which may fail in any way
-        where = "" if module_name.endswith(".py") else " from the working directory or PYTHONPATH"
-        raise UserError(
-            f"{flag}: importing {module_name}{where} failed: {type(error).__name__}: {_one_line(error)}"
-        ) from error
-    found = getattr(module, class_name, None)
+    module_name, found = load_plugin(flag, optimizer_type)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        class_name = optimizer_type.rpartition(":")[2]
         raise UserError(f"{flag}: {module_name} has no class {class_name} derived from torch.optim.Optimizer")
     return found
 
@@ -183,25 +173,6 @@ def _torch_names():
     """Classes of torch.optim that a step without a closure is enough for: {name in lower case: name}."""
     found = {name.lower(): name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
     return {lower: found[lower] for lower in found.keys() - {"optimizer", "lbfgs", "sparseadam", "muon"}}
-
-
-def _load(module_name):
-    """A module by its name, or by the path of its file."""
-    if not module_name.endswith(".py"):
-        if os.getcwd() not in sys.path:  # a script's own folder is there, the working directory is not
-            sys.path.append(os.getcwd())
-        return importlib.import_module(module_name)
-    path = Path(module_name).expanduser().resolve()
-    name = f"frugal_{path.stem}"  # under a name of its own, so that its classes can be found again when pickled
-    if name not in sys.modules or sys.modules[name].__file__ != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def parse_optimizer_args(optimizer_args: list[str] | None, accepted: set[str], class_name: str) -> dict:

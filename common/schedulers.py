@@ -4,8 +4,10 @@ their business, so a schedule ends where the run's limit is, for a run of three 
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 
 from common.errors import UserError
+from common.plugins import is_plugin, load_plugin
 
 # Each curve takes x, the share of the part after warm-up that is over, in [0, 1], and starts with f(0) = 1.
 
@@ -70,21 +72,49 @@ CURVES = {
     "elastic_step_decay": elastic_step_decay,
     "esd": elastic_step_decay,
 }
-CURVE_NAMES = tuple(CURVES)
+KNOWN_CURVES = f"{', '.join(CURVES)}, or a function as file.py:function"
+
+
+@cache
+def find_curve(curve: str) -> Callable[..., float]:
+    """The function of a curve: one of CURVES, or of a user's file.
+
+    Args:
+        curve: a key of CURVES, path/to/file.py:function or module:function.
+    Raises:
+        UserError: there is none, or what it gives at 0, 1/2 or 1 is no share of the peak rate.
+    """
+    if curve in CURVES:
+        return CURVES[curve]
+    flag = f"--lr_scheduler_type {curve}"
+    if not is_plugin(curve):
+        raise UserError(
+            f"{flag}: no such curve; choose one of {', '.join(CURVES)}, or give a function as path/to/file.py:function"
+        )
+    module_name, found = load_plugin(flag, curve)
+    if not callable(found):
+        raise UserError(f"{flag}: {module_name} has no function {curve.rpartition(':')[2]}")
+    for x in (0.0, 0.5, 1.0):
+        try:
+            share = float(found(x))
+        except Exception as error:  # it is the user's
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"{flag}: {fault}, when called with {x}, the share of the run that is over") from error
+        if not 0 <= share <= 1:
+            raise UserError(f"{flag}: gives {share} at {x}; it must be a share of the peak rate, in [0, 1]")
+    return found
 
 
 def check_curve(curve: str, options: dict) -> None:
     """Refuse a curve that does not exist and options that belong to another curve.
 
     Args:
-        curve: a key of CURVES.
+        curve: as find_curve.
         options: the curve options the user gave, by name.
     Raises:
         UserError: naming the known curves, or the options of this one.
     """
-    if curve not in CURVES:
-        raise UserError(f"--lr_scheduler_type {curve}: no such curve; choose one of {', '.join(CURVES)}")
-    known = list(inspect.signature(CURVES[curve]).parameters)[1:]
+    known = list(inspect.signature(find_curve(curve)).parameters)[1:]
     for name in options:
         if name not in known:
             takes = "takes only --" + ", --".join(known) if known else "takes no options"
@@ -101,7 +131,7 @@ def learning_rate_factor(
 
     Args:
         progress: share of the run that is over; outside [0, 1] the nearest end counts.
-        curve: a key of CURVES.
+        curve: as find_curve.
         warmup_proportion: share of the run spent in warm-up, in [0, 1].
         min_lr_ratio: the floor as a share of the peak, in [0, 1].
         options: what the curve takes beside x.
@@ -115,7 +145,7 @@ def learning_rate_factor(
     if progress < warmup_proportion:
         return progress / warmup_proportion
     x = (progress - warmup_proportion) / (1 - warmup_proportion) if warmup_proportion < 1 else 0.0
-    return min_lr_ratio + (1 - min_lr_ratio) * CURVES[curve](min(1.0, x), **options)
+    return min_lr_ratio + (1 - min_lr_ratio) * find_curve(curve)(min(1.0, x), **options)
 
 
 class LRScheduler:

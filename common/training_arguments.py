@@ -10,7 +10,7 @@ from transformers.hf_argparser import HfArg
 from common.errors import UserError
 from common.flags import PrecisionArguments, at_least, between, one_of, positive
 from common.limits import WARM_UP_STEPS
-from common.schedulers import CURVE_NAMES, check_curve
+from common.schedulers import KNOWN_CURVES, check_curve
 
 DEFAULT_HOURS = 5 / 60  # a first run without any limit: long enough to learn something, short enough to watch
 
@@ -104,8 +104,8 @@ class TrainingArguments(PrecisionArguments):
     # ---- optimizer
     optimizer_type: str = HfArg(
         default="muon",
-        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, or any torch optimizer as "
-        "module:Class.",
+        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, any other of torch.optim, "
+        "or a class as file.py:Class or module:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
@@ -124,7 +124,9 @@ class TrainingArguments(PrecisionArguments):
         "constant_step = step with --num_warmup_steps.",
     )
     lr_scheduler_type: str = HfArg(
-        default="linear", aliases=["--curve"], help=f"Curve after the warm-up: {', '.join(CURVE_NAMES)}."
+        default="linear",
+        aliases=["--curve"],
+        help=f"Curve after the warm-up: {KNOWN_CURVES}.",
     )
     warmup_proportion: float = HfArg(default=0.06, help="Share of the budget for the linear warm-up.")
     num_warmup_steps: int | None = HfArg(default=None, help="Warm-up in optimizer steps, instead of a proportion.")

@@ -104,8 +104,8 @@ class TrainingArguments(PrecisionArguments):
     # ---- optimizer
     optimizer_type: str = HfArg(
         default="muon",
-        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, any other of torch.optim, "
-        "or a class as file.py:Class or module:Class.",
+        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, any other of "
+        "torch.optim, or a class as file.py:Class or module:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}

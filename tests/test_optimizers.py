@@ -335,7 +335,7 @@ def test_a_setting_that_the_class_cannot_honour_is_refused(own_module):
     [
         (
             {"optimizer_type": "adamz"},
-            "adamz: no such optimizer; choose adamw, adam, sgd, lamb, muon, .* file.py:Class or module:Class",
+            "adamz: no such optimizer; choose adamw, adam, sgd, lamb, muon, .*file.py:Class or module:Class",
         ),
         ({"optimizer_type": ":Class"}, "no such optimizer"),
         ({"optimizer_type": "no_such_module:Class"}, "importing no_such_module .* failed: ModuleNotFoundError"),

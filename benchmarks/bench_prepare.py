@@ -3,14 +3,17 @@
     python -m benchmarks.bench_prepare [--megabytes 10,100,1000] [--rounds 3]
 
 Speed is the whole program's on a file of the middle size, start-up included, with one worker and with one for each
-core, and per core that of Rust's encode_batch_fast alone on the same text. Memory is read 20 times a second: the
-largest resident sizes that the program and any one of its workers had. Writes benchmarks/results/bench_prepare.json
+core, and per core that of Rust's encode_batch_fast alone on the same text, in one process and in one for each core at
+once: what the machine itself makes of more cores. Memory is read 20 times a second: the most that the program and any
+one of its workers had, without the pages of mapped files, which the system takes back when it needs them (they stand
+in the .json). Writes benchmarks/results/bench_prepare.json
 and a table in benchmarks/README.md.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -35,11 +38,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", default="10,100,1000", help="Sizes of the corpora.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", nargs=3, help="Internal: workers (0: Rust alone), text, tokenizer.")
+    parser.add_argument("--case", nargs=4, help="Internal: program or rust, processes, text, tokenizer.")
     args = parser.parse_args()
     if args.case:
-        workers, text, tokenizer = int(args.case[0]), Path(args.case[1]), args.case[2]
-        print(json.dumps(prepared(text, tokenizer, workers) if workers else rust(text, tokenizer)))
+        measure = {"program": prepared, "rust": rust}[args.case[0]]
+        print(json.dumps(measure(Path(args.case[2]), args.case[3], int(args.case[1]))))
         return
     if not DATA.is_dir():
         sys.exit(f"error: no folder {DATA}: set FRUGAL_TEST_DATA to a folder with wikitext-2 and vocab")
@@ -49,10 +52,12 @@ def main():
         texts = {size: corpus(Path(folder) / f"{size}.txt", size * 10**6) for size in sizes}
         for name, tokenizer in TOKENIZERS.items():
             text = texts[sizes[len(sizes) // 2]]
-            counts = {"one": 1, "all": cores, "rust": 0}
-            measured = run_rounds(
-                {case: case_of(number, text, tokenizer) for case, number in counts.items()}, args.rounds
-            )
+            cases = {
+                f"{what} {number}": case_of(what, number, text, tokenizer)
+                for what in ("program", "rust")
+                for number in (1, cores)
+            }
+            measured = run_rounds(cases, args.rounds)
             details += [{"tokenizer": name, **figures} for figures in measured]
             table += speed_lines(name, measured, cores)
         for size, text in texts.items():
@@ -64,22 +69,27 @@ def main():
     write_results("bench_prepare", shlex.join(words), table, details)
 
 
-def case_of(workers, text, tokenizer):
+def case_of(what, processes, text, tokenizer):
     """A process of a round."""
-    command = [sys.executable, "-m", "benchmarks.bench_prepare", "--case", workers, text, tokenizer]
-    return Case(command, {} if workers else ONE_CORE)
+    command = [sys.executable, "-m", "benchmarks.bench_prepare", "--case", what, processes, text, tokenizer]
+    return Case(command, {} if what == "program" else ONE_CORE)
 
 
 def speed_lines(name, measured, cores):
     """Lines of the table for one tokenizer."""
-    gain = [value / cores for value in ratio(measured, "all", "one", "speed")]
+    one, every = "program 1", f"program {cores}"
+    gain, limit = (
+        [value / cores for value in ratio(measured, f"{what} {cores}", f"{what} 1", "speed")]
+        for what in ("program", "rust")
+    )
     return [
-        {"what": f"{name}: MB/s with one worker", "measured": spread(median(measured, "one", "speed"))},
-        {"what": f"{name}: MB/s with {cores}", "measured": spread(median(measured, "all", "speed"))},
+        {"what": f"{name}: MB/s with one worker", "measured": spread(median(measured, one, "speed"))},
+        {"what": f"{name}: MB/s with {cores}", "measured": spread(median(measured, every, "speed"))},
         {"what": f"{name}: efficiency of {cores} workers", "measured": spread(gain)},
+        {"what": f"{name}: the same of {cores} processes of encode_batch_fast alone", "measured": spread(limit)},
         {
             "what": f"{name}: one worker's speed over encode_batch_fast's on one core",
-            "measured": spread(ratio(measured, "one", "rust", "speed")),
+            "measured": spread(ratio(measured, one, "rust 1", "speed")),
         },
     ]
 
@@ -97,18 +107,18 @@ def corpus(path, size):
 
 
 def prepared(text, tokenizer, workers):
-    """Run the program. Returns: speed in MB/s; largest resident bytes of the parent and of a worker."""
+    """Run the program. Returns: speed in MB/s; the most bytes of the parent and of a worker, own and with files."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "prepare_pile_data.py", "--input", text, "--tokenizer_name", tokenizer]
         command += ["--output_dir", folder, "--workers", str(workers)]
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        parent, peaks = psutil.Process(process.pid), {"parent": 0, "worker": 0}
+        parent, peaks = psutil.Process(process.pid), {}
         while process.poll() is None:
             try:
-                peaks["parent"] = max(peaks["parent"], parent.memory_info().rss)
+                note_memory(peaks, "parent", parent)
                 for child in parent.children():
-                    peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
+                    note_memory(peaks, "worker", child)
             except psutil.NoSuchProcess:
                 continue
             time.sleep(SECONDS_BETWEEN_READINGS)
@@ -117,8 +127,24 @@ def prepared(text, tokenizer, workers):
         return {"speed": text.stat().st_size / 1e6 / (time.perf_counter() - began), **peaks}
 
 
-def rust(text, tokenizer):
-    """Speed of the tokenizers library alone, on one core, in MB/s."""
+def note_memory(peaks, name, process):
+    """Keep the largest memory seen under a name: the process's own, and with the pages of files that it maps."""
+    found = process.memory_info()
+    for key, size in ((name, found.rss - found.shared), (f"{name} with files", found.rss)):
+        peaks[key] = max(peaks.get(key, 0), size)
+
+
+def rust(text, tokenizer, processes):
+    """Speed of the tokenizers library alone, of so many processes at once on the whole text each, in MB/s together."""
+    tasks = [(text, tokenizer)] * processes
+    if processes == 1:
+        return {"speed": rust_speed(*tasks[0])}
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return {"speed": sum(pool.starmap(rust_speed, tasks, chunksize=1))}
+
+
+def rust_speed(text, tokenizer):
+    """MB/s of encode_batch_fast on one core."""
     from common.data.tokenizers import load_tokenizer
     from common.prepare.inputs import ANY
 
@@ -127,7 +153,7 @@ def rust(text, tokenizer):
     began = time.perf_counter()
     for at in range(0, len(documents), 4000):
         backend.encode_batch_fast(documents[at : at + 4000], add_special_tokens=False)
-    return {"speed": text.stat().st_size / 1e6 / (time.perf_counter() - began)}
+    return text.stat().st_size / 1e6 / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from harness import REPOSITORY
 from pretraining import fp32_copy, losses, small_run
 
 PAGE = REPOSITORY / "docs" / "custom_optimizer.md"
-WHOLE = "p.sub_(group[\"lr\"] * state[\"momentum\"] / state[\"momentum\"].norm())"
+WHOLE = 'p.sub_(group["lr"] * state["momentum"] / state["momentum"].norm())'
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def test_the_pages_file_trains_under_a_yaml_as_alone(harness, own_file, tiny_cor
     assert len(alone) == 8 and cut == pytest.approx(alone, abs=2e-3)  # a sign turns where a gradient is nearly 0
 
 
-def test_one_that_looks_at_whole_matrices_is_refused_where_they_are_cut(harness, own_file, tiny_corpus, cache, tmp_path):
+def test_one_that_looks_at_whole_matrices_is_refused_where_they_are_cut(
+    harness, own_file, tiny_corpus, cache, tmp_path
+):
     path = own_file(lambda text: text.replace('p.sub_(group["lr"] * state["momentum"].sign())', WHOLE))
     assert "norm()" in path.read_text()
     words = run(path, tiny_corpus, cache, tmp_path / "run", "--per_device_train_batch_size", 4)

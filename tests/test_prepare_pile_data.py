@@ -16,14 +16,16 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from common.data.token_files import TokenFile
+import prepare_pile_data
+from common.data.token_files import TokenFile, document_windows
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError
 from common.prepare.arguments import chosen_shards, parse_command
+from common.prepare.facts import FactsWriter
 from common.prepare.inputs import ANY, TextFile
 from common.prepare.merge import split_of
 from common.prepare.repeated import Repeated
-from common.prepare.shards import plan_shards
+from common.prepare.shards import FinishedShard, Window, plan_shards
 from harness import REPOSITORY
 
 WORDS = [f"word{number}" for number in range(300)]
@@ -215,15 +217,66 @@ def test_what_is_compared_in_pieces_is_what_is_compared_at_once(monkeypatch, tmp
         def column(self, name):
             return self.columns[name]
 
+    everything = Window(None, slice(None), slice(None))
     for compared in (7, 1000):
         monkeypatch.setattr("common.prepare.repeated.COMPARED", compared)
         seen = set()
         with Repeated([Shard(hashes) for hashes in found], tmp_path) as repeated:
             repeated.find_documents()
             for number, hashes in enumerate(found):
-                for value, kept in zip(hashes.tolist(), repeated.kept(number), strict=True):
+                for value, kept in zip(hashes.tolist(), repeated.kept(number, everything), strict=True):
                     assert kept == (value not in seen)
                     seen.add(value)
+
+
+@pytest.mark.parametrize("kind", ["lines", "hashes"])
+def test_facts_sorted_on_the_disk_are_those_sorted_at_once(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr("common.prepare.facts.BLOCK", 7)
+    chance = np.random.default_rng(1)
+    values = chance.integers(0, 2**64, 200, np.uint64, endpoint=False)
+    values[50:60], values[70:75], values[80] = values[3], 2**64 - 1, 0
+    parts = np.split(values, [13, 14, 14, 60])
+    with FactsWriter(tmp_path / "some.facts") as writer:
+        for part in parts:
+            number = np.arange(len(part))
+            columns = {"sources": number, "characters": number * 3, "words": number + 1, "hashes": part}
+            writer.append(columns | ({"lines": part} if kind == "lines" else {}))
+        found = writer.finish()
+    shard = FinishedShard(None, tmp_path / "some.facts", {"num_documents": len(values), "facts": found})
+    names = ("lines", "sequences") if kind == "lines" else ("hashes", "documents")
+    order = np.argsort(values, kind="stable")
+    order = order[values[order] != 0] if kind == "lines" else order
+    assert shard.column(names[1]).tolist() == order.tolist()
+    assert shard.column(names[0]).tolist() == values[order].tolist()
+    assert shard.column("characters").tolist() == [3 * at for part in parts for at in range(len(part))]
+    assert [path.name for path in tmp_path.iterdir()] == ["some.facts"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--near_duplicates"], ["--deduplicate_lines", "3"], ["--split_sentences"], ["--weights", "2", "1"]]
+)
+def test_memory_of_any_size_gives_the_same_bytes(monkeypatch, corpus, tmp_path, words):
+    lines = [line for text in texts(40, seed=5) for line in (text, "the same line", "")]
+    (tmp_path / "b.txt").write_text("\n\n".join(["\n".join(lines[at : at + 6]) for at in range(0, len(lines), 6)]))
+    flags = [*words, "--tokenizer_train_vocab_size", "400", "--workers", "1", "--validation_split_percentage", "10"]
+    flags += ["--document_separator", "blank_line"] if "--deduplicate_lines" in words else []
+    inputs = ["--input", str(corpus / "a.txt"), str(tmp_path / "b.txt")]
+
+    def prepared(name):
+        assert prepare_pile_data.main([*inputs, "--output_dir", str(tmp_path / name), *flags]) == 0
+        return {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.suffix in (".bin", ".idx", ".facts") or path.name == "dropped.json"
+        }
+
+    whole = prepared("whole")
+    for name in ("common.prepare.facts.BLOCK", "common.prepare.repeated.COMPARED"):
+        monkeypatch.setattr(name, 16)
+    monkeypatch.setattr("common.data.token_files.WINDOW_SEQUENCES", 13)
+    assert len(list(document_windows(tmp_path / "whole" / "train"))) > 2
+    in_pieces = prepared("in_pieces")
+    assert in_pieces.keys() == whole.keys() and all(in_pieces[path] == whole[path] for path in whole)
 
 
 def near(text, chance):

@@ -36,6 +36,7 @@ METADATA_TYPES = {  # what the .json must say
 }
 COUNTED_TOKENS = 50_000_000  # enough to know how often each token occurs
 BLOCK_TOKENS = 1 << 20  # read at once; bounds the memory
+WINDOW_SEQUENCES = 1 << 18  # of which the index is read at once
 REMEDY = "prepare the data again (--overwrite_cache), or copy the file again"
 
 
@@ -46,6 +47,15 @@ def token_dtype(vocab_size: int) -> type:
 
 def _paths(prefix: str | Path) -> dict[str, Path]:
     return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+
+
+def _existing(prefix: str | Path) -> dict[str, Path]:
+    """The pair. Raises: UserError: one of them is missing."""
+    found = {kind: path for kind, path in _paths(prefix).items() if kind != "json"}
+    for path in found.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a token file is a pair of .bin and .idx")
+    return found
 
 
 class TokenFileWriter:
@@ -155,49 +165,104 @@ class TokenFileWriter:
                 yield part
 
 
+class _Index:
+    """A .idx in a memory map, checked as far as its header goes.
+
+    Args:
+        path: Path.
+    Attributes:
+        dtype: of the tokens; lengths, positions, documents: as the head of this file says, not aligned (the header
+            has 34 bytes).
+    Raises:
+        UserError: it is not one.
+    """
+
+    def __init__(self, path: Path):
+        self.path, size = path, path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise UserError(f"{path}: not a Megatron index (MMIDIDX); check the path, or prepare the data again")
+        _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
+        if version != VERSION or code not in TYPE_CODES:
+            raise UserError(f"{path}: version {version}, type code {code}: not integer tokens of version {VERSION}")
+        if size != HEADER.size + 12 * num_sequences + 8 * num_bounds:
+            raise UserError(f"{path}: its size does not fit its {num_sequences} sequences (cut off?); {REMEDY}")
+        self.dtype = np.dtype(TYPE_CODES[code]).newbyteorder("<")
+        lengths_end, positions_end = (HEADER.size + bytes_each * num_sequences for bytes_each in (4, 12))
+        whole = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.lengths = whole[HEADER.size : lengths_end].view("<i4")
+        self.positions = whole[lengths_end:positions_end].view("<i8")
+        self.documents = whole[positions_end:].view("<i8")
+
+    def damaged(self) -> UserError:
+        return UserError(f"{self.path}: damaged (its positions make no sense); {REMEDY}")
+
+
+def verify(prefix: str | Path, metadata: dict) -> None:
+    """Compare .bin and .idx with the checksums of their .json.
+
+    Raises:
+        UserError: a file is missing, or not the one that was written.
+    """
+    for kind, path in _existing(prefix).items():
+        if crc32(path) != metadata["checksums"][kind]:
+            raise UserError(f"{path}: damaged (its checksum differs from the .json's); {REMEDY}")
+
+
+def document_windows(prefix: str | Path) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of parts that follow each other, of a bounded index each, for TokenFile's documents."""
+    bounds = _Index(_paths(prefix)["idx"]).documents
+    first, end = 0, len(bounds) - 1
+    while first < end:
+        last = int(np.searchsorted(bounds, bounds[first] + WINDOW_SEQUENCES, side="right")) - 1
+        last = min(max(last, first + 1), first + WINDOW_SEQUENCES, end)
+        yield first, last
+        first = last
+
+
 class TokenFile:
     """A memory-mapped pair of .bin and .idx, Frugal's or Megatron's.
 
     Args:
         prefix: path without the ending.
+        documents: (first, last): only the index of these is read, and they are what it seems to hold. None: all.
     Attributes:
-        tokens: memory map [T] of token ids.
+        tokens: memory map [T] of token ids, always all.
         starts: int64 [n] number of the first token of each sequence.
         lengths: int32 [n] tokens of each sequence.
         documents: int64 [d + 1] document i holds the sequences from documents[i] up to documents[i + 1].
+        first_sequence: int, number of the first sequence in the whole file.
         metadata: what the .json says, None where there is none.
     Raises:
         UserError: a file is missing, cut off, or not of this format.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, documents: tuple[int, int] | None = None):
         self.prefix = str(prefix)
-        self.paths = _paths(prefix)
-        for kind in ("bin", "idx"):
-            if not self.paths[kind].is_file():
-                raise UserError(f"{self.paths[kind]}: no such file; a token file is a pair of .bin and .idx")
+        self.paths = _paths(prefix) | _existing(prefix)
         self.metadata = self._read_metadata()
-        index = np.fromfile(self.paths["idx"], dtype=np.uint8)
-        dtype, num_sequences, num_bounds = self._read_header(index)
-        at = HEADER.size
-        # Copies, because the index is not aligned: its header has 34 bytes.
-        self.lengths = index[at : (at := at + 4 * num_sequences)].copy().view("<i4")
-        positions = index[at : (at := at + 8 * num_sequences)].copy().view("<i8")
-        self.documents = index[at:].copy().view("<i8")
-        self.starts = positions // dtype.itemsize
-        size = self.paths["bin"].stat().st_size
-        if size == 0 or num_sequences == 0:
+        index = _Index(self.paths["idx"])
+        itemsize, size = index.dtype.itemsize, self.paths["bin"].stat().st_size
+        if size == 0 or len(index.lengths) == 0:
             raise UserError(f"{self.paths['bin']}: holds no tokens; {REMEDY}")
-        if (positions > size - self.lengths * np.int64(dtype.itemsize)).any():
+        first, last = documents or (0, len(index.documents) - 1)
+        bounds = index.documents[first : last + 1].copy()
+        sound = len(bounds) > 1 and index.documents[0] == 0 and index.documents[-1] == len(index.lengths)
+        if not sound or bounds[0] < 0 or bounds[-1] > len(index.lengths) or (np.diff(bounds) < 0).any():
+            raise index.damaged()
+        self.first_sequence = int(bounds[0])
+        self.documents = bounds - bounds[0]
+        positions = index.positions[bounds[0] : bounds[-1]]
+        self.lengths = index.lengths[bounds[0] : bounds[-1]].copy()
+        if (positions > size - self.lengths * np.int64(itemsize)).any():
             raise UserError(f"{self.paths['bin']}: shorter than its index says (cut off?); {REMEDY}")
-        bounds = self.documents
-        sound = num_bounds > 1 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
-        sound = sound and positions.min() >= 0 and (positions % dtype.itemsize == 0).all() and self.lengths.min() >= 0
-        if not sound:
-            raise UserError(f"{self.paths['idx']}: damaged (its positions make no sense); {REMEDY}")
-        if self.metadata is not None:
-            self._compare_with_metadata(dtype)
-        self.tokens = np.memmap(self.paths["bin"], dtype=dtype, mode="r", shape=(size // dtype.itemsize,))
+        if (positions < 0).any() or (positions % itemsize).any() or (self.lengths < 0).any():
+            raise index.damaged()
+        self.starts = positions // itemsize
+        if self.metadata is not None and documents is None:
+            self._compare_with_metadata(index.dtype)
+        self.tokens = np.memmap(self.paths["bin"], dtype=index.dtype, mode="r", shape=(size // itemsize,))
 
     def _read_metadata(self) -> dict | None:
         path = self.paths["json"]
@@ -228,17 +293,6 @@ class TokenFile:
                     f"{self.paths['idx']}: {key} is {fact}, but {self.metadata[key]} by the .json beside it; {REMEDY}"
                 )
 
-    def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
-        path = self.paths["idx"]
-        if len(index) < HEADER.size or index[: len(MAGIC)].tobytes() != MAGIC:
-            raise UserError(f"{path}: not a Megatron index (MMIDIDX); check the path, or prepare the data again")
-        _, version, code, num_sequences, num_bounds = HEADER.unpack(index[: HEADER.size].tobytes())
-        if version != VERSION or code not in TYPE_CODES:
-            raise UserError(f"{path}: version {version}, type code {code}: not integer tokens of version {VERSION}")
-        if len(index) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
-            raise UserError(f"{path}: its size does not fit its {num_sequences} sequences (cut off?); {REMEDY}")
-        return np.dtype(TYPE_CODES[code]).newbyteorder("<"), num_sequences, num_bounds
-
     @property
     def num_documents(self) -> int:
         """Number of documents d."""
@@ -248,21 +302,14 @@ class TokenFile:
         """Tokens of each document, int64 [d]."""
         return np.diff(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[self.documents])
 
-    def checksums(self) -> dict[str, int]:
-        """Read both files whole and return the CRC-32 of each, by "bin" and "idx"."""
-        return {kind: crc32(self.paths[kind]) for kind in ("bin", "idx")}
-
     def verify(self) -> None:
         """Compare both files with the checksums in the .json; without one there is nothing to compare with.
 
         Raises:
             UserError: a file is not the one that was written.
         """
-        if self.metadata is None:
-            return
-        for kind, checksum in self.checksums().items():
-            if checksum != self.metadata["checksums"][kind]:
-                raise UserError(f"{self.paths[kind]}: damaged (its checksum differs from the .json's); {REMEDY}")
+        if self.metadata is not None:
+            verify(self.prefix, self.metadata)
 
     def subset(self, documents: np.ndarray) -> "TokenFile":
         """Return a view of some documents, in their order in the file; the tokens are shared.

@@ -20,6 +20,7 @@ from pathlib import Path
 from common.errors import UserError
 
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+FAILED = 1  # Python's exit code behind a traceback
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -103,6 +104,8 @@ class _Worker:
             return pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             code = self.process.wait()
+            if code == FAILED:
+                raise UserError(f"a worker process failed, see above; if memory ran out, lower {self.flag}") from error
             raise UserError(f"a worker process ended with code {code} (out of memory?); lower {self.flag}") from error
 
 

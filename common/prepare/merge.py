@@ -1,4 +1,4 @@
-"""Put shards together: train, validation and test, without what occurs twice, in memory of one shard."""
+"""Put shards together: train, validation and test, without what occurs twice, in bounded memory."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from common.prepare.repeated import Repeated
 from common.prepare.shards import ShardFiles, writing
 
 SPLITS = ("train", "validation", "test")
-BLOCK_TOKENS = 1 << 22  # copied at once; a longer document is copied whole
+BLOCK_TOKENS = 1 << 20  # copied at once; a longer document is copied whole
 SETTINGS = (
     "deduplicate",
     "near_duplicates",
@@ -88,17 +88,18 @@ def _write_split(name, opened, repeated, copies, folder, prepared_with, settings
     with TokenFileWriter(folder / name, token_dtype(prepared_with.vocab_size)) as writer:
         sources = {}
         for number, shard in enumerate(opened):
-            hashes = repeated.hashes(number)
-            kept = np.flatnonzero((split_of(hashes, *percentages) == SPLITS.index(name)) & repeated.kept(number))
-            if name == "train":
-                kept = np.repeat(kept, copies.of(shard, hashes, kept))
-            tokens = shard.tokens()
-            if args.deduplicate_lines:
-                copy_lines(writer, tokens, kept, repeated.kept_sequences(number))
-            else:
-                copy_documents(writer, tokens, kept)
-            for label, totals in _count_sources(shard, tokens, kept):
-                sources[label] = [had + new for had, new in zip(sources.get(label, [0] * 4), totals, strict=True)]
+            for window in shard.windows():
+                hashes = repeated.hashes(number, window)
+                here = split_of(hashes, *percentages) == SPLITS.index(name)
+                kept = np.flatnonzero(here & repeated.kept(number, window))
+                if name == "train":
+                    kept = np.repeat(kept, copies.of(shard, window, hashes, kept))
+                if args.deduplicate_lines:
+                    copy_lines(writer, window.tokens, kept, repeated.kept_sequences(number, window))
+                else:
+                    copy_documents(writer, window.tokens, kept)
+                for label, totals in _count_sources(shard, window, kept):
+                    sources[label] = [had + new for had, new in zip(sources.get(label, [0] * 4), totals, strict=True)]
         if writer.num_documents:
             writer.finish(prepared_with.of_token_file() | {"sources": sources, "settings": settings})
         elif name == "train":
@@ -115,12 +116,12 @@ class _Copies:
 
     by_source: dict
 
-    def of(self, shard, hashes, documents):
-        """int64 [n] for n documents of a shard: the fraction of a number of times falls by the text's hash."""
+    def of(self, shard, window, hashes, documents):
+        """int64 [n] for n documents of a window: the fraction of a number of times falls by the text's hash."""
         if not self.by_source:
             return np.ones(len(documents), np.int64)
         inputs = np.array([self.by_source[source] for source, _ in shard.described["inputs"]])
-        times = inputs[shard.column("sources")[documents]]
+        times = inputs[shard.column("sources")[window.documents][documents]]
         # the split takes the hash's upper bits; a multiplication brings up the lower ones
         chance = (hashes[documents] * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(11)) / 2.0**53
         return np.floor(times + chance).astype(np.int64)
@@ -132,9 +133,10 @@ def _copies(opened, repeated, args):
         return _Copies({})
     tokens = np.zeros(len(args.weights))
     for number, shard in enumerate(opened):
-        inputs = np.array([source for source, _ in shard.described["inputs"]])[shard.column("sources")]
-        lengths = shard.tokens().document_lengths() * repeated.kept(number)
-        tokens += np.bincount(inputs, lengths, len(tokens))
+        inputs = np.array([source for source, _ in shard.described["inputs"]])
+        for window in shard.windows():
+            lengths = window.tokens.document_lengths() * repeated.kept(number, window)
+            tokens += np.bincount(inputs[shard.column("sources")[window.documents]], lengths, len(tokens))
     shares = np.array(args.weights) / sum(args.weights)
     empty = [number for number, share in enumerate(shares) if share and not tokens[number]]
     if empty:
@@ -143,15 +145,14 @@ def _copies(opened, repeated, args):
     return _Copies(dict(enumerate(times.tolist())))
 
 
-def _count_sources(shard, tokens, documents):
-    """Yield (label, totals) of every source among some documents. Args: tokens: the shard's TokenFile."""
+def _count_sources(shard, window, documents):
+    """Yield (label, totals) of every source among some documents of a window."""
     inputs = shard.described["inputs"]
-    sources = shard.column("sources")[documents]
-    weights = (None, tokens.document_lengths(), shard.column("characters"), shard.column("words"))
-    columns = [
-        np.bincount(sources, None if column is None else column[documents], len(inputs)).astype(np.int64)
-        for column in weights
-    ]
+    sources, characters, words = (
+        shard.column(name)[window.documents][documents] for name in ("sources", "characters", "words")
+    )
+    weights = None, window.tokens.document_lengths()[documents], characters, words
+    columns = [np.bincount(sources, weight, len(inputs)).astype(np.int64) for weight in weights]
     for number, (_, label) in enumerate(inputs):
         if columns[0][number]:
             yield label, [int(column[number]) for column in columns]
@@ -205,15 +206,18 @@ def _dropped(described, opened, repeated, tokenizer):
         for reason, (count, texts) in found["dropped"].items():
             dropped.add(reason, texts, count)
     for number, shard in enumerate(opened):
-        for reason, places, is_line in repeated.found(number):
-            tokens = shard.tokens()
-            texts = []
-            for place in places[:SAMPLES]:
-                first = place if is_line else tokens.documents[place]
-                start = tokens.starts[first]
-                length = tokens.lengths[first] if is_line else tokens.document_lengths()[place]
-                texts.append(tokenizer.decode(tokens.tokens[start : start + length]))
-            dropped.add(reason, texts, len(places))
+        for window in shard.windows():
+            tokens = window.tokens
+            for reason, places, is_line in repeated.found(number, window):
+                if not len(places):
+                    continue
+                texts = []
+                for place in places[:SAMPLES]:
+                    first = place if is_line else tokens.documents[place]
+                    start = tokens.starts[first]
+                    length = tokens.lengths[first] if is_line else tokens.document_lengths()[place]
+                    texts.append(tokenizer.decode(tokens.tokens[start : start + length]))
+                dropped.add(reason, texts, len(places))
     return dropped
 
 

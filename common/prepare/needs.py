@@ -6,7 +6,7 @@ from common.errors import UserError
 
 EXPANSION = {".gz": 3.0, ".bz2": 4.0, ".xz": 4.0, ".zst": 3.5, ".zip": 3.0, ".parquet": 2.0}  # of text, usual
 TOKEN_BYTES_PER_BYTE = 0.6  # of text: 2 bytes a token, 4 characters in it, with index and what is known of documents
-WORKER_BYTES, SHARD_BYTES_PER_DOCUMENT, LEAST_DOCUMENT = 500_000_000, 60, 500
+PROCESS_BYTES = 500_000_000  # at most, unless a single document is of this size
 SPARE = 1.1
 
 
@@ -31,15 +31,14 @@ def announce(shards, chosen, folder, workers, command, args, say):
         written += text * TOKEN_BYTES_PER_BYTE * (2 if command == "all" else 1)
     free = shutil.disk_usage(folder).free
     also = f", and {unknown} of unknown size" if unknown else ""
-    known = f"{len(inputs) - unknown} inputs of about {_size(text)} of text"
-    say(f"{len(todo)} of {len(shards)} shards to do: {known}{also}")
+    known = f"{_number(len(inputs) - unknown, 'input')} of about {_size(text)} of text"
+    say(f"{len(todo)} of {_number(len(shards), 'shard')} to do: {known}{also}")
     if downloads:
         say(f"downloads: {_size(downloads)}")
     say(f"disk: about {_size(written)}, with downloads ({_size(free)} free)")
     if command != "download":
-        largest = max(map(shard_bytes, todo), default=0)
-        memory = largest / LEAST_DOCUMENT * SHARD_BYTES_PER_DOCUMENT
-        say(f"memory: {workers} worker(s) of up to {_size(WORKER_BYTES)}, and {_size(memory)} for the shard in hand")
+        processes = _number(workers, "process", "es")
+        say(f"memory: {processes} of up to {_size(PROCESS_BYTES)}, and as much for the program, whatever the text")
     if written * SPARE > free:
         raise UserError(
             f"{folder}: about {_size(written)} are needed and {_size(free)} are free: make room, give an --output_dir "
@@ -55,6 +54,10 @@ def text_bytes(one):
 def shard_bytes(shard):
     """The same of a Shard."""
     return sum(text_bytes(one) / step for one, _, step in shard.parts)
+
+
+def _number(count, noun, plural="s"):
+    return f"{count:,} {noun}{plural if count != 1 else ''}"
 
 
 def _size(number):

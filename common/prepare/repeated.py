@@ -10,7 +10,7 @@ import numpy as np
 
 from common.prepare.overlap import BANDS
 
-COMPARED = 1 << 22  # hashes that are compared at once
+COMPARED = 1 << 18  # hashes that are compared at once
 # What becomes of a document or a sequence:
 KEPT, REPEATED, SIMILAR = 0, 1, 2
 REASONS = {REPEATED: "occurred before", SIMILAR: "nearly the same as another"}
@@ -29,10 +29,11 @@ class Repeated:
         self.scratch = []
         counts = [shard.num_documents for shard in shards]
         self.marks = [self._array(np.uint8, count) for count in counts]  # of documents
-        self.sequence_marks = None
+        self.sequence_marks = self.text_lines = None
         self.hash_of = [self._array(np.uint64, count) for count in counts]
         for shard, found in zip(shards, self.hash_of, strict=True):
-            found[shard.column("documents")] = shard.column("hashes")
+            for documents, hashes in _blocks(shard.column("documents"), shard.column("hashes")):
+                found[documents] = hashes
 
     def __enter__(self):
         return self
@@ -59,13 +60,18 @@ class Repeated:
 
     def find_lines(self, most):
         """Mark lines that occur more than `most` times in the documents that are left, beyond so many."""
-        self.sequence_marks, hash_of_sequence = [], []
-        for shard, marks, hashes in zip(self.shards, self.marks, self.hash_of, strict=True):
-            sequences = np.diff(shard.tokens().documents)
-            self.sequence_marks.append(self._array(np.uint8, int(sequences.sum())))
-            self.sequence_marks[-1][:] = np.repeat(marks != KEPT, sequences)  # REPEATED: they do not count
-            hash_of_sequence.append(self._array(np.uint64, int(sequences.sum())))
-            hash_of_sequence[-1][:] = np.repeat(hashes, sequences)
+        counts = [sum(len(window.tokens.lengths) for window in shard.windows()) for shard in self.shards]
+        self.sequence_marks = [self._array(np.uint8, count) for count in counts]
+        self.text_lines = [self._array(np.uint8, count) for count in counts]  # 1: not blank
+        hash_of_sequence = [self._array(np.uint64, count) for count in counts]
+        for number, shard in enumerate(self.shards):
+            for window in shard.windows():
+                lines = np.diff(window.tokens.documents)
+                left_out = self.marks[number][window.documents] != KEPT
+                self.sequence_marks[number][window.sequences] = np.repeat(left_out, lines)  # REPEATED: do not count
+                hash_of_sequence[number][window.sequences] = np.repeat(self.hashes(number, window), lines)
+            for (sequences,) in _blocks(shard.column("sequences")):
+                self.text_lines[number][sequences] = 1
         self._mark("lines", "sequences", self.sequence_marks, hash_of_sequence, most, SIMILAR)
 
     def _mark(self, values, places, marks, keys, most, mark):
@@ -98,36 +104,38 @@ class Repeated:
 
     # ---- Say ---------------------------------------------------------------------------------------------------
 
-    def hashes(self, number):
-        """uint64 [n] of the texts of a shard's documents."""
-        return self.hash_of[number]
+    def hashes(self, number, window):
+        """uint64 [n] of the texts of a window's documents. Args: number: of the shard; window: Window of it."""
+        return self.hash_of[number][window.documents]
 
-    def kept(self, number):
-        """bool [n]: which documents of a shard stay."""
-        kept = self.marks[number] == KEPT
-        return kept if self.sequence_marks is None else kept & self._has_lines(number)
+    def kept(self, number, window):
+        """bool [n]: which documents of a window stay."""
+        kept = self.marks[number][window.documents] == KEPT
+        return kept if self.sequence_marks is None else kept & self._has_lines(number, window)
 
-    def kept_sequences(self, number):
-        """bool [s]: which lines of a shard stay in the documents that do."""
-        return self.sequence_marks[number] == KEPT
+    def kept_sequences(self, number, window):
+        """bool [s]: which lines of a window stay in the documents that do."""
+        return self.sequence_marks[number][window.sequences] == KEPT
 
-    def _has_lines(self, number):
+    def _has_lines(self, number, window):
         """bool [n]: which documents have a line left."""
-        shard = self.shards[number]
-        lines = np.zeros(len(self.sequence_marks[number]), bool)
-        lines[shard.column("sequences")] = True
-        lines &= self.kept_sequences(number)
+        lines = self.text_lines[number][window.sequences].astype(bool) & self.kept_sequences(number, window)
         before = np.concatenate([[0], np.cumsum(lines)])
-        bounds = shard.tokens().documents
+        bounds = window.tokens.documents
         return before[bounds[1:]] > before[bounds[:-1]]
 
-    def found(self, number):
-        """Yield (reason, places, whether they are lines) of what a shard loses: documents, or sequences."""
+    def found(self, number, window):
+        """Yield (reason, places in the window, whether they are lines) of what it loses: documents, or sequences."""
+        marks = self.marks[number][window.documents]
         for mark, reason in REASONS.items():
-            if len(places := np.flatnonzero(self.marks[number] == mark)):
-                yield reason, places, False
+            yield reason, np.flatnonzero(marks == mark), False
         if self.sequence_marks is not None:
-            if len(places := np.flatnonzero((self.marks[number] == KEPT) & ~self._has_lines(number))):
-                yield NO_LINES_LEFT, places, False
-            if len(places := np.flatnonzero(self.sequence_marks[number] == SIMILAR)):
-                yield LINE, places, True
+            without_lines = (marks == KEPT) & ~self._has_lines(number, window)
+            yield NO_LINES_LEFT, np.flatnonzero(without_lines), False
+            yield LINE, np.flatnonzero(self.sequence_marks[number][window.sequences] == SIMILAR), True
+
+
+def _blocks(*columns):
+    """Yield the same part of every column, one after the other."""
+    for at in range(0, len(columns[0]), COMPARED):
+        yield [column[at : at + COMPARED] for column in columns]

@@ -1,24 +1,20 @@
 """Shards: which part of the text each of them reads, and what one that is finished has on the disk.
 
-A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.facts with columns: for each
-document its source (uint16, a number in the .json's "inputs"), characters and words (uint32); the hashes of the texts
-(uint64, ascending) and the document that each belongs to (uint32); where they were asked for, the same of every band
-of near-duplicates, and the hashes of the lines with the sequence that each belongs to. The .json comes last and says
-with which settings; nothing counts without it.
+A shard is shards/NNNNN.{bin,idx,json}, a token file of all its documents, and NNNNN.facts with what is known of each
+of them (common/prepare/facts.py). The .json comes last and says with which settings; nothing counts without it.
 """
 
 import json
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common.data.token_files import TokenFile
+from common.data.token_files import TokenFile, document_windows, verify
 from common.errors import UserError
-from common.files import crc32, flush
-from common.prepare.encoding import NO_LINE
+from common.files import crc32
 
 
 @dataclass(frozen=True)
@@ -84,35 +80,6 @@ class ShardFiles:
         refuse_other_settings(self.described_in, found, settings)
         return True
 
-    def write_facts(self, columns):
-        """Write what is known of the documents beside their tokens.
-
-        Args:
-            columns: as make_shard_encoder gives them, of the whole shard.
-        Returns:
-            dict for open(): the checksum of the file and where its columns are.
-        """
-        arrays = {name: columns[name] for name in ("sources", "characters", "words")}
-        arrays["hashes"], arrays["documents"] = _ordered(columns["hashes"])
-        for number, band in enumerate(columns.get("bands", ())):
-            arrays[f"band {number}"], arrays[f"documents of band {number}"] = _ordered(band)
-        if "lines" in columns:
-            sequences = np.flatnonzero(columns["lines"] != NO_LINE)
-            arrays["lines"], order = _ordered(columns["lines"][sequences])
-            arrays["sequences"] = sequences[order].astype(np.uint32)
-        unfinished, checksum = Path(f"{self.facts_in}.tmp"), 0
-        try:
-            with open(unfinished, "wb") as file:
-                for array in arrays.values():
-                    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-                    file.write(data)
-                    checksum = zlib.crc32(data, checksum)
-                flush(file)
-            unfinished.replace(self.facts_in)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return {"crc32": checksum, "columns": [[name, array.dtype.str, len(array)] for name, array in arrays.items()]}
-
     def open(self):
         """Open a finished shard whose files are what was written.
 
@@ -124,10 +91,21 @@ class ShardFiles:
         described = json.loads(self.described_in.read_bytes())
         if not described["num_documents"]:
             return None
-        TokenFile(self.prefix).verify()
+        verify(self.prefix, described)
         if not self.facts_in.exists() or crc32(self.facts_in) != described["facts"]["crc32"]:
             raise UserError(f"{self.facts_in}: damaged or missing; remove {self.described_in} and tokenize again")
         return FinishedShard(self.prefix, self.facts_in, described)
+
+
+class Window(NamedTuple):
+    """Some documents of a shard that follow each other.
+
+    tokens: TokenFile of these alone; documents, sequences: slices of their numbers in the shard.
+    """
+
+    tokens: TokenFile
+    documents: slice
+    sequences: slice
 
 
 class FinishedShard:
@@ -141,24 +119,21 @@ class FinishedShard:
         self.prefix, self.facts_in, self.described = prefix, facts_in, described
         self.num_documents = described["num_documents"]
 
-    def tokens(self):
-        """The TokenFile, whose index takes memory as long as it is kept."""
-        return TokenFile(self.prefix)
+    def windows(self):
+        """Yield the documents in parts of bounded size, as Window."""
+        for first, last in document_windows(self.prefix):
+            tokens = TokenFile(self.prefix, (first, last))
+            sequences = slice(tokens.first_sequence, tokens.first_sequence + len(tokens.lengths))
+            yield Window(tokens, slice(first, last), sequences)
 
     def column(self, wanted):
-        """A memory map of a column (see the head of this file), None where there is none of this name."""
+        """A memory map of a column (see common/prepare/facts.py), None where there is none of this name."""
         at = 0
         for name, dtype, size in self.described["facts"]["columns"]:
             if name == wanted:
                 return np.memmap(self.facts_in, dtype, "r", offset=at, shape=(size,)) if size else np.empty(0, dtype)
             at += np.dtype(dtype).itemsize * size
         return None
-
-
-def _ordered(values):
-    """(the values ascending, uint32 where each of them was)."""
-    order = np.argsort(values, kind="stable")
-    return values[order], order.astype(np.uint32)
 
 
 @contextmanager

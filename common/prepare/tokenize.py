@@ -13,6 +13,7 @@ from common.data.tokenizing import BATCH_CHARACTERS
 from common.data.workers import map_batches
 from common.errors import UserError
 from common.prepare.encoding import Dropped, make_shard_encoder
+from common.prepare.facts import FactsWriter
 from common.prepare.needs import shard_bytes
 from common.prepare.shards import ShardFiles, writing
 from common.progress import Progress, format_duration, format_times
@@ -80,25 +81,24 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
         results = map(make_shard_encoder(*how, meter.bar.note), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, meter.bar.note, flag="--workers")
-    columns = {}
-    with closing(meter.bar), TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size)) as writer:
+    totals = dict.fromkeys(("characters", "words"), 0)
+    token_files = TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size))
+    with closing(meter.bar), token_files as writer, FactsWriter(files.facts_in) as facts_writer:
         for found in results:
-            for reason, text in found.pop("left_out"):
+            for reason, text in found["left_out"]:
                 dropped.add(reason, [text])
-            writer.append(*(found.pop(name) for name in ("tokens", "lengths", "counts")))
-            meter.add(int(found["characters"].sum()), writer.num_documents)
-            for name, column in found.items():
-                columns.setdefault(name, []).append(column)
-        columns = {name: np.concatenate(parts, axis=-1) for name, parts in columns.items()}
-        facts = {
+            writer.append(found["tokens"], found["lengths"], found["counts"])
+            facts_writer.append(found)
+            for name in totals:
+                totals[name] += int(found[name].sum(dtype=np.int64))
+            meter.show(totals["characters"], writer.num_documents)
+        facts = totals | {
             "settings": settings,
-            "characters": int(columns["characters"].sum(dtype=np.int64)),
-            "words": int(columns["words"].sum(dtype=np.int64)),
             "bad_records": bad_records.count,
             "dropped": dropped.reasons,
             "seconds": round(meter.seconds(), 2),
             "inputs": [list(source) for source in sources],
-            "facts": files.write_facts(columns),
+            "facts": facts_writer.finish(),
         }
         written = writer.finish(prepared_with.of_shard_file() | facts)
     line = {name: written[name] for name in ("num_documents", "num_tokens", "characters", "bad_records", "seconds")}
@@ -121,9 +121,9 @@ class _Meter:
         self.began = time.monotonic()
         self.characters = 0
 
-    def add(self, characters, documents):
-        """Count text; documents: so far."""
-        self.characters += characters
+    def show(self, characters, documents):
+        """Args: characters, documents: so far."""
+        self.characters = characters
         share = self.characters / self.expected if self.expected else 0.0
         left = self.seconds() * (1 / share - 1) if 0 < share < 1 else None
         self.bar.show(share, f"{format_times(self.seconds(), left)}, {documents:,} documents, {self.speed()}")

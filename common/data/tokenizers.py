@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.bpe import bare_files, load_bare_files, train_byte_level_bpe
+from common.data.byte_level_cache import ByteLevelCache, is_plain_byte_level
 from common.data.unigram_lm import train_unigram
 from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
 from common.data.wordpiece import load_vocab_file, train_wordpiece
@@ -141,7 +142,7 @@ def corpus_encoder(backend_json: str, dtype, say: Callable[[str], None]) -> Call
     Args:
         backend_json: the backend tokenizer's to_str().
         dtype: numpy integer type of the ids.
-        say: called with one line if the fast way (common/data/word_cache.py) cannot be trusted.
+        say: called with one line if the fast way (word_cache.py, byte_level_cache.py) cannot be trusted.
     Returns:
         A function from a list of strings to a list of their ids, as bytes.
     """
@@ -158,7 +159,10 @@ def corpus_encoder(backend_json: str, dtype, say: Callable[[str], None]) -> Call
         return [array(typecode, encoding.ids).tobytes() for encoding in encodings]
 
     facts = json.loads(backend_json)
-    if not can_be_cached(facts):
+    if can_be_cached(facts):
+        cache = WordCache(facts["model"], facts["normalizer"]["lowercase"], encode, dtype)
+    elif is_plain_byte_level(facts):
+        cache = ByteLevelCache(encode)
+    else:
         return encode
-    cache = WordCache(facts["model"], facts["normalizer"]["lowercase"], encode, dtype)
     return CheckedEncoder(cache.encode, encode, say)

@@ -32,18 +32,39 @@ SAMPLE = [
 ]
 
 
-class WordCache(dict):
+class BoundedCache(dict):
+    """From a chunk of text to its ids, as bytes.
+
+    Args:
+        encode_by_rust: from a list of texts to a list of their ids, as bytes.
+        max_bytes: about the memory it may take; a full cache starts anew.
+    """
+
+    def __init__(self, encode_by_rust: Callable, max_bytes: int = MAX_BYTES):
+        self.encode_by_rust = encode_by_rust
+        self.max_bytes = self.free_bytes = max_bytes
+
+    def keep(self, chunk: str, ids: bytes) -> bytes:
+        """Remember ids, and give them back."""
+        self.free_bytes -= ENTRY_BYTES + len(chunk) + len(ids)
+        if self.free_bytes < 0:
+            self.clear()
+            self.free_bytes = self.max_bytes
+        self[chunk] = ids
+        return ids
+
+
+class WordCache(BoundedCache):
     """From a chunk of text without spaces to its ids, as bytes.
 
     Args:
         model: the "model" of a tokenizer.json, a WordPiece.
         lowercase: whether the normalizer puts text into lower case.
-        encode_by_rust: from a list of texts to a list of their ids, as bytes.
-        dtype: numpy integer type of the ids.
-        max_bytes: about the memory it may take; a full cache starts anew.
+        encode_by_rust, max_bytes: as BoundedCache; dtype: numpy integer type of the ids.
     """
 
     def __init__(self, model: dict, lowercase: bool, encode_by_rust: Callable, dtype, max_bytes: int = MAX_BYTES):
+        super().__init__(encode_by_rust, max_bytes)
         prefix = model["continuing_subword_prefix"]
         self.beginnings = model["vocab"]
         self.continuations = {
@@ -52,9 +73,7 @@ class WordCache(dict):
         self.max_characters = model["max_input_chars_per_word"]
         self.typecode = np.dtype(dtype).char
         self.unknown = array(self.typecode, [model["vocab"][model["unk_token"]]]).tobytes()
-        self.lowercase, self.encode_by_rust = lowercase, encode_by_rust
-        self.max_bytes = max_bytes
-        self.free_bytes = max_bytes
+        self.lowercase = lowercase
 
     def encode(self, documents: list[str]) -> list[bytes]:
         """The ids of each document, as bytes."""
@@ -72,12 +91,7 @@ class WordCache(dict):
             ids = self._word_pieces(words[0]) if len(words) == 1 else b"".join(map(self.__getitem__, words))
         else:
             (ids,) = self.encode_by_rust([chunk])
-        self.free_bytes -= ENTRY_BYTES + len(chunk) + len(ids)
-        if self.free_bytes < 0:
-            self.clear()
-            self.free_bytes = self.max_bytes
-        self[chunk] = ids
-        return ids
+        return self.keep(chunk, ids)
 
     def _word_pieces(self, word: str) -> bytes:
         """Longest match first (Devlin et al. 2019; as in Rust, a word with a part that is in no piece is [UNK])."""

@@ -1,6 +1,7 @@
 """One shard: read it, tokenize it with all cores, write it whole or not at all."""
 
 import json
+import os
 import time
 from contextlib import closing
 
@@ -10,7 +11,7 @@ import numpy as np
 from common.data.documents import BadRecords
 from common.data.token_files import TokenFileWriter, token_dtype
 from common.data.tokenizing import BATCH_CHARACTERS
-from common.data.workers import map_batches
+from common.data.workers import ONE_THREAD, map_batches
 from common.errors import UserError
 from common.prepare.encoding import Dropped, make_shard_encoder
 from common.prepare.facts import FactsWriter
@@ -78,6 +79,7 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
 
     how = (prepared_with.how,)
     if workers == 1:
+        os.environ.update(ONE_THREAD)  # read by Rust at each call
         results = map(make_shard_encoder(*how, meter.bar.note), batches())
     else:
         results = map_batches(batches(), make_shard_encoder, how, workers, meter.bar.note, flag="--workers")

@@ -29,6 +29,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.bench_glue
 	$(PYTHON) -m benchmarks.bench_clm
 	$(PYTHON) -m benchmarks.bench_loss_memory
+	$(PYTHON) -m benchmarks.bench_optimizers
 	$(PYTHON) -m benchmarks.bench_memory
 	$(PYTHON) -m benchmarks.bench_time_to_loss
 

@@ -38,7 +38,7 @@ from common.progress import Progress
 from common.report import MetricsLog, write_all_results
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
-from common.training import StepLog, TrainState, refuse_infinite_weights, save_pretrained
+from common.training import StepLog, TrainState, judged_weights, refuse_infinite_weights, save_pretrained
 from common.utilisation import peak_memory_bytes
 
 
@@ -176,7 +176,7 @@ def main():
             bar.update(step / total_steps, totals["seconds"], seconds_left, step, loss_now, speed)
             every = {"steps": args.eval_steps, "epoch": batches.steps_per_epoch, "no": None}[args.eval_strategy]
             if due(step - 1, step, every) and not done and not signal:
-                with step_log.paused():
+                with step_log.paused(), judged_weights(accelerator, model, optimizer):
                     evaluation, _ = validate()
                 metrics_log.write({"step": step, "epoch": epochs} | evaluation)
                 bar.note(f"step {step:,}: " + shown(evaluation))
@@ -193,6 +193,7 @@ def main():
             )
             parallel.shut_down(accelerator)
             return 128 + signal
+        optimizer.eval()  # to the weights that are judged, where it averages those in training
         save_pretrained(accelerator, model, tokenizer, output_dir)
         results |= {
             "train_steps": state.completed_steps,

@@ -50,10 +50,27 @@ def train(flags, tokens):
     Returns:
         (model, steps, seconds_per_step): the seconds are the median over the steps.
     """
-    parse = lambda *limit: parse_pretraining_arguments([*flags, *limit])  # noqa: E731
-    _, data_args, args, _ = parse("--max_train_steps", "1")
+    _, data_args, args, _ = parse_pretraining_arguments([*flags, "--max_train_steps", "1"])
     steps = -(-tokens // (args.train_batch_size * data_args.max_seq_length))
-    model_args, data_args, args, _ = parse("--max_train_steps", str(steps))
+    model, optimizer, scheduler, batches, args = start([*flags, "--max_train_steps", str(steps)])
+    times = []
+    for step in range(steps):
+        began = time.perf_counter()
+        scheduler.step(step / steps)
+        make_step(model, optimizer, next(batches), args, step)
+        times.append(time.perf_counter() - began)
+    return model, steps, statistics.median(times)
+
+
+def start(flags):
+    """What run_pretraining.py has before its first step, on one process.
+
+    Args:
+        flags: list of words for run_pretraining.py, with a limit.
+    Returns:
+        (model, optimizer, LRScheduler, iterator of batches, TrainingArguments).
+    """
+    model_args, data_args, args, _ = parse_pretraining_arguments(flags)
     corpus = prepare_corpus(data_args, lambda *_: None)
     folder = corpus.rows_folder / "train"
     frame = Frame.for_masked(corpus.tokenizer)
@@ -69,19 +86,18 @@ def train(flags, tokens):
     scheduler = LRScheduler(optimizer, factor)
     place = {"rank": 0, "ranks": 1, "device": torch.device("cpu")}
     batches = iter(TrainBatches(rows, masking, args.seed, args.train_batch_size, 1, **place))
-    times = []
-    for step in range(steps):
-        began = time.perf_counter()
-        batch, number, _ = next(batches)
-        scheduler.step(step / steps)
-        parallel.seed_dropout(args.seed, step, number)
-        model(**batch).loss.backward()
-        if args.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-    return model, steps, statistics.median(times)
+    return model, optimizer, scheduler, batches, args
+
+
+def make_step(model, optimizer, item, args, step):
+    """A step of run_pretraining.py in fp32. Args: item: of the iterator that start() returned; step: its number."""
+    batch, number, _ = item
+    parallel.seed_dropout(args.seed, step, number)
+    model(**batch).loss.backward()
+    if args.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def main():

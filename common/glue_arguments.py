@@ -92,7 +92,8 @@ class GlueTrainingArguments(PrecisionArguments):
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass.")
 
     optimizer_type: str = HfArg(
-        default="adamw", help="adamw, muon, adam, sgd, any other of torch.optim, or a class as file.py:Class."
+        default="adamw",
+        help="adamw, muon, adam, sgd, lamb, another of torch.optim or pytorch_optimizer, or a class as file.py:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}

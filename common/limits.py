@@ -56,6 +56,12 @@ class Limits:
         return self.args.warmup_proportion
 
     @property
+    def after_warmup(self):
+        """What the learning rate's curve is laid over: hours, or steps."""
+        whole = self.args.total_training_time if self.args.lr_schedule == "time" else self.max_steps
+        return whole * (1 - self.warmup_proportion)
+
+    @property
     def remaining_seconds(self):
         """Time until the nearest limit at the speed so far; None before the first step."""
         used = self.clock.used_hours * 3600

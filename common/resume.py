@@ -22,7 +22,7 @@ IN_THE_FINGERPRINT = """
 # Changed on purpose, as after a loss that became NaN; a continued run says so.
 SAID_ON_RESUME = """
     learning_rate max_grad_norm lr_schedule lr_scheduler_type warmup_proportion num_warmup_steps min_lr_ratio lr_power
-    decay_proportion exponential_end_ratio esd_shrink esd_cr_k
+    decay_proportion exponential_end_ratio decay_rate decay_step curve_conf_file esd_shrink esd_cr_k
 """.split()
 
 

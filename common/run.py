@@ -11,13 +11,14 @@ from functools import partial
 from common import parallel, run_folder
 from common.checkpoint import read_state, save_checkpoint
 from common.clock import BudgetClock
+from common.curve_files import chosen_curve
 from common.limits import WARM_UP_STEPS, Limits, due
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog, write_all_results
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
-from common.training import StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained
+from common.training import StepLog, TrainState, evaluate, judged_weights, refuse_infinite_weights, save_pretrained
 
 LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
 
@@ -57,8 +58,9 @@ class Run:
         )
         self.state, self.saved, self.remembered = TrainState(), {}, {}
         self.limits = Limits(args, rows, self.clock, self.state)
-        curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
-        factor = partial(learning_rate_factor, warmup_proportion=self.limits.warmup_proportion, **curve)
+        curve, options = chosen_curve(args, self.limits.after_warmup)
+        warm = {"warmup_proportion": self.limits.warmup_proportion, "min_lr_ratio": args.min_lr_ratio}
+        factor = partial(learning_rate_factor, curve=curve, **warm, **options)
         self.lr_scheduler = LRScheduler(optimizer, factor)  # before the optimizer's state, which has its own rates
         self.metrics_log = MetricsLog(output_dir / run_folder.METRICS, main)
         self.validation_owed, self.last_saved, self.evaluation = False, None, None
@@ -157,7 +159,7 @@ class Run:
             folder = self.output_dir / f"marker_{marker:g}"
             with self.log.paused():
                 refuse_infinite_weights(self.accelerator, self.model, state.completed_steps)
-                save_pretrained(self.accelerator, self.model, self.tokenizer, folder)
+                self.save_pretrained(folder)
             self.bar.note(f"step {state.completed_steps:,}: model saved in {folder}")
         if limits.checkpoint_due(rows_before, hours_before) and not self.reason:
             self.save_state()
@@ -176,12 +178,17 @@ class Run:
 
     def validate(self):
         """Judge the model on the held-out rows, and log it. Returns: dict, as common.training.evaluate."""
-        with self.log.paused():
+        with self.log.paused(), judged_weights(self.accelerator, self.model, self.optimizer):
             evaluation = evaluate(self.accelerator, self.model, self.eval_batches)
         self.log_row(evaluation)
         loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
         self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}")
         return evaluation
+
+    def save_pretrained(self, folder):
+        """Write the model that is judged, as common.training.save_pretrained."""
+        with judged_weights(self.accelerator, self.model, self.optimizer):
+            save_pretrained(self.accelerator, self.model, self.tokenizer, folder)
 
     def save_state(self):
         """Write a checkpoint of this step."""
@@ -216,7 +223,7 @@ class Run:
         number = len(self.eval_batches.chosen)
         self.say(f"training ended ({self.reason}); validating on {number:,} held-out rows, then saving")
         results = self.evaluation or self.validate()
-        save_pretrained(self.accelerator, self.model, self.tokenizer, self.output_dir)
+        self.save_pretrained(self.output_dir)
         return results | {"perplexity": math.exp(results["eval_loss"])} | self._figures() | self.meter.totals()
 
     def report_throughput(self, in_force):

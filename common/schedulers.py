@@ -76,14 +76,16 @@ KNOWN_CURVES = f"{', '.join(CURVES)}, or a function as file.py:function"
 
 
 @cache
-def find_curve(curve: str) -> Callable[..., float]:
+def find_curve(curve: str | Callable[..., float]) -> Callable[..., float]:
     """The function of a curve: one of CURVES, or of a user's file.
 
     Args:
-        curve: a key of CURVES, path/to/file.py:function or module:function.
+        curve: a key of CURVES, path/to/file.py:function or module:function; or already a function.
     Raises:
         UserError: there is none, or what it gives at 0, 1/2 or 1 is no share of the peak rate.
     """
+    if callable(curve):
+        return curve
     if curve in CURVES:
         return CURVES[curve]
     flag = f"--lr_scheduler_type {curve}"
@@ -105,7 +107,7 @@ def find_curve(curve: str) -> Callable[..., float]:
     return found
 
 
-def check_curve(curve: str, options: dict) -> None:
+def check_curve(curve: str | Callable[..., float], options: dict) -> None:
     """Refuse a curve that does not exist and options that belong to another curve.
 
     Args:
@@ -122,7 +124,7 @@ def check_curve(curve: str, options: dict) -> None:
 
 
 def learning_rate_factor(
-    progress: float, curve: str, warmup_proportion: float, min_lr_ratio: float = 0.0, **options
+    progress: float, curve: str | Callable[..., float], warmup_proportion: float, min_lr_ratio: float = 0.0, **options
 ) -> float:
     """The share of the peak learning rate that is in force at this progress.
 

@@ -1,5 +1,6 @@
 """What the entry scripts' loops share: the state of a run, its log between two host syncs, evaluation, saving."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -137,6 +138,34 @@ class _Pause:
 
     def __exit__(self, *_):
         self.log.paused_seconds += time.perf_counter() - self.began
+
+
+@contextlib.contextmanager
+def judged_weights(accelerator, model, optimizer):
+    """Context in which a model has the weights that are to be judged and saved. Every process enters it.
+
+    They are the ones in training, unless the optimizer averages these and switches by eval() and train(). What is
+    trained comes back bit for bit, which train() alone would round.
+
+    Args:
+        model, optimizer: as accelerator.prepare returned them, between two steps.
+    """
+    averaging = optimizer.optimizer
+    if not hasattr(averaging, "eval"):
+        yield
+        return
+    plain, states = plain_model(model), accelerator.states
+    states.rest(plain)
+    trained = [(parameter, parameter.detach().clone()) for parameter in plain.parameters()]
+    averaging.eval()
+    try:
+        yield
+    finally:
+        states.rest(plain)
+        averaging.train()
+        with torch.no_grad():
+            for parameter, before in trained:
+                parameter.copy_(before)
 
 
 def evaluate(accelerator, model, eval_batches):

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from transformers.hf_argparser import HfArg
 
+from common.curve_files import check_curve_flags
 from common.errors import UserError
 from common.flags import PrecisionArguments, at_least, between, one_of, positive
 from common.limits import WARM_UP_STEPS
-from common.schedulers import KNOWN_CURVES, check_curve
+from common.schedulers import KNOWN_CURVES
 
 DEFAULT_HOURS = 5 / 60  # a first run without any limit: long enough to learn something, short enough to watch
 
@@ -104,17 +105,19 @@ class TrainingArguments(PrecisionArguments):
     # ---- optimizer
     optimizer_type: str = HfArg(
         default="muon",
-        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, any other of "
-        "torch.optim, or a class as file.py:Class or module:Class.",
+        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, another of torch.optim "
+        "or pytorch_optimizer (lion, soap, shampoo, schedulefree, ...), or a class as file.py:Class or module:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
     )
     learning_rate: float = HfArg(default=2e-3, aliases=["--lr"], help="Peak learning rate.")
     weight_decay: float = HfArg(default=0.01, help="Not on biases and norms.")
-    adam_beta1: float = HfArg(default=0.9, help="Decay of the first moment.")
-    adam_beta2: float = HfArg(default=0.98, help="Decay of the second moment.")
-    adam_epsilon: float = HfArg(default=1e-6, aliases=["--adam_eps"], help="Added to the denominator.")
+    adam_beta1: float = HfArg(
+        default=0.9, help="Decay of the first moment (not for classes of pytorch_optimizer, which keep their own)."
+    )
+    adam_beta2: float = HfArg(default=0.98, help="Decay of the second moment (the same).")
+    adam_epsilon: float = HfArg(default=1e-6, aliases=["--adam_eps"], help="Added to the denominator (the same).")
     max_grad_norm: float = HfArg(default=1.0, aliases=["--gradient_clipping"], help="Clip the gradient; 0 = off.")
 
     # ---- schedule
@@ -126,7 +129,7 @@ class TrainingArguments(PrecisionArguments):
     lr_scheduler_type: str = HfArg(
         default="linear",
         aliases=["--curve"],
-        help=f"Curve after the warm-up: {KNOWN_CURVES}.",
+        help=f"Curve after the warm-up: {KNOWN_CURVES}; or customized, with --curve_conf_file.",
     )
     warmup_proportion: float = HfArg(default=0.06, help="Share of the budget for the linear warm-up.")
     num_warmup_steps: int | None = HfArg(default=None, help="Warm-up in optimizer steps, instead of a proportion.")
@@ -134,6 +137,14 @@ class TrainingArguments(PrecisionArguments):
     lr_power: float | None = HfArg(default=None, help="Power of the polynomial curve (1).")
     decay_proportion: float | None = HfArg(default=None, help="Share of the wsd curve that decays (0.2).")
     exponential_end_ratio: float | None = HfArg(default=None, help="Where the exponential curve ends (0.01).")
+    decay_rate: float | None = HfArg(
+        default=None, help="ExtremeBERT's exp curve: what the rate is multiplied by in every --decay_step (0.99)."
+    )
+    decay_step: float | None = HfArg(default=None, help="Steps for that, or hours of a time schedule (1000).")
+    curve_conf_file: str | None = HfArg(
+        default=None,
+        help="ExtremeBERT's file of a curve, with --curve customized; iterations are steps after the warm-up.",
+    )
     esd_shrink: float | None = HfArg(default=None, help="Shrink of the elastic step decay (the root of 2).")
     esd_cr_k: int | None = HfArg(default=None, help="Halvings before the elastic step decay begins to decay (6).")
 
@@ -225,13 +236,12 @@ def check_training(args, default_epochs=None):
         at_least(args, name, 0)
     for name in ("adam_beta1", "adam_beta2"):
         between(args, name, 0, 1, upper_open=True)
-    for name in ("learning_rate", "adam_epsilon"):
+    for name in ("learning_rate", "adam_epsilon", "decay_step"):
         positive(args, name)
     one_of("report_to", args.report_to, ["none", "tensorboard", "wandb"])
-    check_curve(args.lr_scheduler_type, args.curve_options)
     for name in ("lr_power", "esd_cr_k"):
         at_least(args, name, 0)
-    for name in ("decay_proportion", "exponential_end_ratio"):
+    for name in ("decay_proportion", "exponential_end_ratio", "decay_rate"):
         if getattr(args, name) is not None:
             between(args, name, 0, 1, lower_open=True)
     if args.esd_shrink is not None and not 1 < args.esd_shrink < float("inf"):
@@ -243,6 +253,7 @@ def check_training(args, default_epochs=None):
     if args.resume_from_checkpoint == "latest" and not args.output_dir:
         raise UserError("--resume_from_checkpoint latest needs --output_dir: name the run to continue")
     _check_limits(args, default_epochs)
+    check_curve_flags(args)
     try:
         in_range = all(0 < marker < 1 for marker in args.time_markers)
     except ValueError:

@@ -11,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from common.hardware import has_bf16
-from common.optimizers import is_elementwise
+from common.optimizers import why_not_in_parts
 from common.parallel.fp8 import check_fp8
 
 # What the first word of a YAML's `role` may be, with the options that follow it as name=number; accelerate's own
@@ -120,15 +120,15 @@ def check_optimizer(engine, optimizer):
     Raises:
         UserError: it looks at whole tensors and would see parts of them.
     """
-    if engine == "plain" or is_elementwise(optimizer):
+    if engine == "plain" or not (reason := why_not_in_parts(optimizer, in_turn=engine == "deepspeed")):
         return
     sees_whole = getattr(optimizer, "sees_whole_dtensors", False)
     if sees_whole and engine in ("fsdp", "tensor_parallel"):
         return
     other = ", accelerate_configs/fsdp.yaml" if sees_whole else ""
     raise UserError(
-        f"{type(optimizer).__name__} looks at whole tensors and would be given parts of them: give --optimizer_type "
-        f"adamw, or choose accelerate_configs/ddp.yaml{other}"
+        f"{type(optimizer).__name__} {reason}: give --optimizer_type adamw, or choose "
+        f"accelerate_configs/ddp.yaml{other}"
     )
 
 

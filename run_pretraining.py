@@ -28,7 +28,6 @@ from common.batch_size import cut_global_batch, find_batch_size
 from common.checkpoint import resolve_checkpoint
 from common.clock import read_readings
 from common.data.batches import EvalBatches, Masking, TrainBatches, to_device
-from common.data.masking import targets_per_row
 from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
 from common.errors import run_main
@@ -73,7 +72,7 @@ def main():
 
     # ---- Data, model, optimizer ------------------------------------------------------------------
     corpus, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
-    flags = ("mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
+    flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
     masking = Masking.for_tokenizer(corpus.tokenizer, **{name: getattr(data_args, name) for name in flags})
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
@@ -115,7 +114,7 @@ def main():
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
     run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
     length = data_args.max_seq_length
-    targets = {targets_per_row(mode.probability, length) for mode in (masking, masking.for_validation())}
+    targets = {mode.most_targets(length) for mode in (masking, masking.for_validation())}
     shape = (config, per_device, length, sorted(targets), data_args.packing == "documents", compiling)
     choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say)
     attention = parallel.on_main(accelerator, choose)
@@ -125,12 +124,13 @@ def main():
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     parallel.on_main(accelerator, lambda: corpus.tokenizer.save_pretrained(output_dir) and None)  # for its checkpoints
-    batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=run.state.consumed_rows)
+    span = {"consumed_rows": run.state.consumed_rows, "total_rows": run.limits.total_rows}
+    batches = stream(batch_size=per_device, accumulation=accumulation, **span)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
     def flops(steps, tokens, layer_passes=3):
-        targets = steps * args.train_batch_size * targets_per_row(data_args.mlm_probability, data_args.max_seq_length)
-        return masked_flops(config, tokens, targets, data_args.max_seq_length, layer_passes)
+        targets = steps * args.train_batch_size * masking.most_targets(length)
+        return masked_flops(config, tokens, targets, length, layer_passes)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
     meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])

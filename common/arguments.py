@@ -126,6 +126,10 @@ class DataArguments(TextArguments):
     mlm_probability: float = HfArg(
         default=0.4, help="Share of a row's positions that are predicted, in (0, 1); validation always masks 0.15."
     )
+    final_mlm_probability: float | None = HfArg(
+        default=None,
+        help="The share at the end of the run; it changes linearly with the steps, from --mlm_probability on.",
+    )
     masking: str = HfArg(
         default="token",
         help="What is chosen together: token, whole_word, or ngram: one to three words in proportion to 1/n, as in "
@@ -180,6 +184,11 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    if data.final_mlm_probability is not None and training.lr_schedule == "time":
+        raise UserError(
+            "--final_mlm_probability follows the steps, which are made before their time is known: give "
+            "--max_train_steps or --num_train_epochs with --lr_schedule step"
+        )
     return model, data, training, notes
 
 
@@ -233,6 +242,8 @@ def _check_data(data):
     check_text(data)
     one_of("packing", data.packing, ["documents", "concat"])
     between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    if data.final_mlm_probability is not None:
+        between(data, "final_mlm_probability", 0, 1, lower_open=True, upper_open=True)
     one_of("masking", data.masking, ["token", "whole_word", "ngram"])
     for name in ("mask_replace_prob", "random_replace_prob"):
         between(data, name, 0, 1)

@@ -29,6 +29,11 @@ class Limits:
         self.rows_per_shard = max(args.train_batch_size, rows // args.shards_per_epoch)
 
     @property
+    def total_rows(self):
+        """Rows in all steps of the run; None where their number has no limit."""
+        return self.max_steps and self.max_steps * self.args.train_batch_size
+
+    @property
     def reached(self):
         """Why the run is over, or None."""
         if self.clock.expired:

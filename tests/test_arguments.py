@@ -121,6 +121,8 @@ def test_model_type_and_layer_norm_mode_agree():
         ("--dataset_config_name a", ["--dataset_config_name", "--dataset_name"]),
         ("--mlm_probability 0", ["--mlm_probability"]),
         ("--mlm_probability 1", ["--mlm_probability"]),
+        ("--final_mlm_probability 0 --max_steps 5", ["--final_mlm_probability"]),
+        ("--final_mlm_probability 0.15 --total_training_time 1", ["--final_mlm_probability", "--lr_schedule step"]),
         ("--max_seq_length 3", ["--max_seq_length"]),
         ("--train_batch_size 0", ["--train_batch_size 0"]),
         ("--total_training_time 0", ["--total_training_time"]),

@@ -43,11 +43,12 @@ def targets_per_row(mlm_probability, seq_length):
     return max(1, round(mlm_probability * seq_length))
 
 
-def choose_tokens(is_text, keys, k):
+def choose_tokens(is_text, keys, k, limits=None):
     """Choose k tokens of each row.
 
     Args:
         is_text: [B, S] bool; keys: [B] uint64, one key for each row; k: targets in a row.
+        limits: [B] int64, up to k: fewer of them; None: k.
     Returns:
         [B, k] uint32 positions, ascending; NOT_TEXT for what a row has too few of.
     """
@@ -55,6 +56,9 @@ def choose_tokens(is_text, keys, k):
     score = _scores(derive_key(keys, CHOICE_STREAM), width)
     score[~is_text] = NOT_TEXT
     lowest = np.partition(score, k - 1, axis=1)[:, :k]
+    if limits is not None:
+        lowest.sort(axis=1)
+        lowest[np.arange(k) >= limits[:, None]] = NOT_TEXT
     chosen = np.where(lowest < NOT_TEXT, lowest & column_bits(width), NOT_TEXT)  # what is not text sorts behind
     chosen.sort(axis=1)
     return chosen

@@ -30,6 +30,7 @@ from common.clock import read_readings
 from common.data.batches import EvalBatches, Masking, TrainBatches, to_device
 from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
+from common.data.sentence_pairs import SentencePairs
 from common.errors import run_main
 from common.fill_mask import fill_mask_examples
 from common.final_report import report
@@ -114,7 +115,8 @@ def main():
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
     run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
     length = data_args.max_seq_length
-    targets = {mode.most_targets(length) for mode in (masking, masking.for_validation())}
+    pairs = data_args.sentence_objective != "none"  # one more position that the last layer computes
+    targets = {mode.most_targets(length) + pairs for mode in (masking, masking.for_validation())}
     shape = (config, per_device, length, sorted(targets), data_args.packing == "documents", compiling)
     choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say)
     attention = parallel.on_main(accelerator, choose)
@@ -198,9 +200,12 @@ def prepare_rows(data_args, say, first=True):
     Only the first process overwrites a cache; the others use what it made.
     """
     corpus = prepare_corpus(replace(data_args, overwrite_cache=data_args.overwrite_cache and first), say)
-    frame = Frame.for_masked(corpus.tokenizer)
+    shape = Frame.for_masked(corpus.tokenizer), data_args.max_seq_length
+    if data_args.sentence_objective != "none":
+        parts = corpus.train, corpus.validation
+        return corpus, *(SentencePairs(part, *shape, data_args.sentence_objective) for part in parts)
     rows = (
-        build_rows(part, frame, data_args.max_seq_length, data_args.packing, corpus.rows_folder / name)
+        build_rows(part, *shape, data_args.packing, corpus.rows_folder / name)
         for name, part in (("train", corpus.train), ("validation", corpus.validation))
     )
     return corpus, *rows

@@ -139,6 +139,11 @@ class DataArguments(TextArguments):
     random_replace_prob: float = HfArg(
         default=0.1, help="Share of them that become a random token; what is left stays as it is."
     )
+    sentence_objective: str = HfArg(
+        default="none",
+        help="Also judge pairs of texts, one pair in a row: sop (are two texts of a document in order?) or nsp (does "
+        "the second follow the first?); needs token files of sentences in --dataset_path.",
+    )
 
 
 @dataclass
@@ -241,6 +246,16 @@ def _check_model(model, data, defaults):
 def _check_data(data):
     check_text(data)
     one_of("packing", data.packing, ["documents", "concat"])
+    one_of("sentence_objective", data.sentence_objective, ["none", "nsp", "sop"])
+    if data.sentence_objective != "none" and not data.dataset_path:
+        raise UserError(
+            f"--sentence_objective {data.sentence_objective} needs sentences: prepare the text with "
+            "prepare_pile_data.py --split_sentences, and name its folder by --dataset_path"
+        )
+    if data.sentence_objective != "none" and data.packing == "concat":
+        raise UserError(
+            f"--sentence_objective {data.sentence_objective} contradicts --packing concat: rows hold pairs; drop one"
+        )
     between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
     if data.final_mlm_probability is not None:
         between(data, "final_mlm_probability", 0, 1, lower_open=True, upper_open=True)

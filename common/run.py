@@ -180,7 +180,8 @@ class Run:
             evaluation = evaluate(self.accelerator, self.model, self.eval_batches)
         self.log_row(evaluation)
         loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
-        self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}")
+        pairs = f", of pairs {evaluation['eval_sentence_accuracy']:.2%}" if "eval_sentence_loss" in evaluation else ""
+        self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}{pairs}")
         return evaluation
 
     def save_state(self):

@@ -72,32 +72,34 @@ class Masking:
         """k: fixed for a run, whose rate may change."""
         return targets_per_row(max(self.probability, self.final_probability or 0.0), seq_length)
 
-    def limits(self, rows, progress):
-        """[B]: positions to choose in rows at this progress, at most k; None: k everywhere.
+    def limits(self, rows, row, keys, progress):
+        """[B]: positions to choose in rows, at most k; None: k everywhere. Arguments as make_batch.
 
         Source: Ankner et al. 2023, "Dynamic masking rate schedules for MLM pretraining" (arXiv:2305.15096), linear.
         """
-        if self.final_probability is None:
+        if self.final_probability is None and rows.full:
             return None
-        rate = self.probability + (self.final_probability - self.probability) * progress
-        return np.maximum(1, np.rint(rate * rows.seq_length)).astype(np.int64)
+        final = self.probability if self.final_probability is None else self.final_probability
+        rate = self.probability + (final - self.probability) * progress
+        tokens = rows.seq_length if rows.full else rows.real_tokens(row, keys)
+        return np.clip(np.rint(rate * tokens), 1, self.most_targets(rows.seq_length)).astype(np.int64)
 
-    def targets(self, rows, row, progress):
-        """[B]: positions that count in each row. Args: rows, row, progress as make_batch."""
-        limits = self.limits(rows, progress)
-        return np.minimum(rows.text_tokens(row), self.most_targets(rows.seq_length) if limits is None else limits)
+    def targets(self, rows, row, keys, progress):
+        """[B]: positions that count in each row. Arguments as make_batch."""
+        limits, k = self.limits(rows, row, keys, progress), self.most_targets(rows.seq_length)
+        return np.minimum(rows.text_tokens(row, keys), k if limits is None else limits)
 
     def make_batch(self, rows, row, keys, progress=0.0):
         """One masked micro-batch as numpy arrays, by the batch contract.
 
         Args:
-            rows: DocumentRows or ConcatenatedRows; row: [B] int64; keys: [B] uint64.
+            rows: DocumentRows, ConcatenatedRows or SentencePairs; row: [B] int64; keys: [B] uint64.
             progress: share of the run that is over when these rows come, [B] float64 or one number.
         Returns:
-            dict: input_ids, position_ids, document_ids [B, S]; masked_positions, masked_labels, masked_weights [B, k].
+            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k].
         """
-        batch, k = rows.build(row), self.most_targets(rows.seq_length)
-        limits = self.limits(rows, np.broadcast_to(progress, row.shape))
+        batch, k = rows.build(row, keys), self.most_targets(rows.seq_length)
+        limits = self.limits(rows, row, keys, np.broadcast_to(progress, row.shape))
         ids, is_text = batch["input_ids"], batch.pop("is_text")
         if self.word_begins is None:
             chosen = choose_tokens(is_text, keys, k, limits)
@@ -116,7 +118,7 @@ class NextToken:
         """The same."""
         return self
 
-    def targets(self, rows, row, _progress):
+    def targets(self, rows, row, _keys, _progress):
         """[B]: tokens that are predicted in each row: those that follow another one of their document."""
         return rows.next_tokens(row)
 
@@ -141,7 +143,7 @@ class TrainBatches:
     """Endless micro-batches of one process, from any place in the sequence of rows.
 
     Args:
-        rows: DocumentRows, ConcatenatedRows or SyntheticRows.
+        rows: DocumentRows, ConcatenatedRows, SentencePairs or SyntheticRows.
         objective: Masking or NextToken.
         seed: int.
         batch_size: rows in a micro-batch.
@@ -214,8 +216,8 @@ class TrainBatches:
             epoch, row = self.locate(places)
             keys = derive_key(self.seed, epoch, row)
             progress = np.minimum(places / (self.total_rows or np.inf), 1.0)
-            weight = self.objective.targets(self.rows, row, progress).reshape(steps, -1).sum(axis=1)
-            tokens = self.rows.real_tokens(row).reshape(steps, -1).sum(axis=1)
+            weight = self.objective.targets(self.rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
+            tokens = self.rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
             dealt = (steps * self.accumulation, self.ranks, self.batch_size)
             own = [array.reshape(dealt)[:, self.rank] for array in (row, keys, progress)]  # of this process
             for begin in range(0, len(own[0]), at_once):
@@ -271,7 +273,8 @@ class EvalBatches:
             place = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             row = self.chosen[np.minimum(place, len(self.chosen) - 1)]
             batch = self.objective.make_batch(self.rows, row, derive_key(EVAL_SEED, row))
-            batch[self.objective.weights][place >= len(self.chosen)] = 0
+            for name in {self.objective.weights, "sentence_weights"} & batch.keys():
+                batch[name][place >= len(self.chosen)] = 0
             batch["loss_denominator"] = np.float32(1)
             yield batch
 

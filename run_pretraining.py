@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 
 from common import parallel, run_folder
 from common.arguments import parse_pretraining_arguments
-from common.batch_size import cut_global_batch, find_batch_size
+from common.batch_size import find_batch_size
 from common.checkpoint import resolve_checkpoint
 from common.clock import read_readings
 from common.data.batches import EvalBatches, Masking, TrainBatches, to_device
@@ -91,7 +91,7 @@ def main():
     optimizer = build_optimizer(model, args, in_force["precision"])
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     stream = partial(TrainBatches, rows, masking, args.seed, **here)
@@ -101,7 +101,7 @@ def main():
         first_batch = lambda size: next(stream(batch_size=size, accumulation=1).micro_batches())[0]  # noqa: E731
         try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
-        per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
+        per_device, accumulation = args.batch_ramp.cut(per_device, ranks)
         parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     say(f"output: {output_dir}")
     say(
@@ -126,13 +126,12 @@ def main():
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     parallel.on_main(accelerator, lambda: corpus.tokenizer.save_pretrained(output_dir) and None)  # for its checkpoints
-    span = {"consumed_rows": run.state.consumed_rows, "total_rows": run.limits.total_rows}
+    span = {"consumed_rows": run.state.consumed_rows, "total_rows": run.limits.total_rows, "ramp": run.limits.ramp}
     batches = stream(batch_size=per_device, accumulation=accumulation, **span)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
-    def flops(steps, tokens, layer_passes=3):
-        targets = steps * args.train_batch_size * masking.most_targets(length)
-        return masked_flops(config, tokens, targets, length, layer_passes)
+    def flops(rows, tokens, layer_passes=3):
+        return masked_flops(config, tokens, rows * masking.most_targets(length), length, layer_passes)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
     meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])
@@ -169,7 +168,7 @@ def check(model_args, data_args, args):
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
     refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
-    cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
+    args.batch_ramp.cut(args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:

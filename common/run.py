@@ -93,6 +93,7 @@ class Run:
             cap: function called after every step, which raises where the process is too large; or None.
         """
         self.eval_batches, self.tokenizer, self.meter, self.cap = eval_batches, tokenizer, meter, cap
+        self.batches = batches
         self.bar, self.compiling = Progress(self.accelerator.is_main_process, label), compiling
         self.lr_scheduler.step(self.limits.schedule_progress)
         self.stop.listen()  # from here on a signal waits for the end of a step
@@ -100,6 +101,7 @@ class Run:
         self.log = StepLog(self.accelerator, self.saved.get("log"))
         if compiling:
             self.say("compiling the model: the first step takes long, and counts")
+        self._begin_step()
         if self.validation_owed:  # a signal came before it could be made
             self.validate()
         if not self.reason:
@@ -125,8 +127,8 @@ class Run:
             return
         args, state, clock, limits = self.args, self.state, self.clock, self.limits
         rows_before, hours_before, self.evaluation = state.consumed_rows, clock.used_hours, None
-        state.finish_step(args.train_batch_size, tokens)
-        self.log.finish_step(state.completed_steps, grad_norm, tokens)
+        state.finish_step(self.step_rows, tokens)
+        self.log.finish_step(state.completed_steps, grad_norm, tokens, self.step_rows)
         clock.tick(self.stop.requested)
         if self.compiling:
             self.bar.note(f"compiled; the first step took {3600 * (clock.used_hours - hours_before):.0f} s")
@@ -141,7 +143,7 @@ class Run:
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)
         if log_due or self.reason in LAST_LOG or warm:
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
-            metrics |= self.meter.measure(**interval)
+            metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
             self.log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / self.rows})
             self.loss_now, self.speed = metrics["loss"], metrics["tokens_per_second"]
         if warm:
@@ -161,12 +163,21 @@ class Run:
             self.bar.note(f"step {state.completed_steps:,}: model saved in {folder}")
         if limits.checkpoint_due(rows_before, hours_before) and not self.reason:
             self.save_state()
+        self._begin_step()
+
+    def _begin_step(self):
+        """Let the strategy accumulate the micro-batches of the next step."""
+        self.step_rows, accumulation = self.batches.next_step(self.state.consumed_rows)
+        if accumulation != self.accelerator.gradient_accumulation_steps:
+            parallel.set_accumulation(self.accelerator, accumulation)
+            self.bar.note(f"after step {self.state.completed_steps:,}: global batch {self.step_rows:,} rows")
 
     def _skip_step(self):
         self.log.drop_step(self.state.completed_steps)
-        self.state.consumed_rows += self.args.train_batch_size
+        self.state.consumed_rows += self.step_rows
         self.clock.tick(self.stop.requested)
         self.reason = "signal" if self.clock.stop else self.limits.reached
+        self._begin_step()
 
     def log_row(self, metrics):
         """Write a row of metrics.jsonl, and to the tracker. Args: metrics: dict."""

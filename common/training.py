@@ -48,19 +48,20 @@ class StepLog:
         """Take a micro-batch's loss (scalar tensor)."""
         self._micro_losses.append(loss.detach())
 
-    def finish_step(self, step, grad_norm, tokens):
+    def finish_step(self, step, grad_norm, tokens, rows):
         """Close an optimizer step: its loss is the mean of its micro-batches'.
 
         Args:
             step: its number.
             grad_norm: scalar tensor, or None where nothing was clipped.
-            tokens: real tokens of the step over all processes.
+            tokens, rows: real tokens and rows of the step over all processes.
         """
         loss = torch.stack(self._micro_losses).mean()
         norm = None if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
         self._unread.append((step, loss, norm))
         self._micro_losses, self._skipped = [], 0
         self.totals["tokens"] += tokens
+        self.totals["rows"] += rows
         if len(self._unread) >= MOST_UNREAD:
             self.read()
 
@@ -109,8 +110,8 @@ class StepLog:
         """Averages since the last call, over steps and processes.
 
         Returns:
-            (metrics, interval): loss and grad_norm (of the last step, None where unknown); steps, tokens and seconds
-            of training.
+            (metrics, interval): loss and grad_norm (of the last step, None where unknown); steps, tokens, rows and
+            seconds of training.
         Raises:
             DivergedError: as read().
         """
@@ -124,7 +125,8 @@ class StepLog:
 
     def _restart(self, **totals):
         self._micro_losses, self._unread = [], []
-        self.totals = {"loss": 0.0, "grad_norm": None, "steps": 0, "tokens": 0, "seconds": 0.0} | totals
+        self.totals = {"loss": 0.0, "grad_norm": None, "steps": 0, "tokens": 0, "rows": 0, "seconds": 0.0}
+        self.totals |= totals
         self._began, self.paused_seconds = time.perf_counter(), 0.0
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from common.batch_ramp import BatchRamp
 from common.data.masking import REPLACED, choose_tokens, derive_key, permute, replace_tokens, targets_per_row
 from common.data.tokenizers import vocabulary_size
 from common.data.words import RUN_WORDS, choose_words, word_begins
@@ -152,23 +153,36 @@ class TrainBatches:
         device: torch.device.
         consumed_rows: where to begin in the sequence; a multiple of the global batch after a resume.
         total_rows: of the whole run, for an objective that changes with its progress; None: it stays at its beginning.
+        ramp: common.batch_ramp.BatchRamp, for a global batch that grows to this one; None: it is the same everywhere.
     Attributes:
         wait_seconds: time the training loop has waited for data so far.
     """
 
     def __init__(
-        self, rows, objective, seed, batch_size, accumulation, rank, ranks, device, consumed_rows=0, total_rows=None
+        self,
+        rows,
+        objective,
+        seed,
+        batch_size,
+        accumulation,
+        rank,
+        ranks,
+        device,
+        consumed_rows=0,
+        total_rows=None,
+        ramp=None,
     ):
         self.rows, self.objective, self.seed = rows, objective, seed
         self.total_rows = total_rows
-        self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        self.ramp = ramp or BatchRamp(batch_size * accumulation * ranks)
         self.device, self.consumed_rows = device, consumed_rows
         self.wait_seconds = 0.0
 
-    @property
-    def global_batch(self):
-        """Rows in one optimizer step."""
-        return self.batch_size * self.accumulation * self.ranks
+    def next_step(self, consumed_rows):
+        """(rows in the step that begins after so many rows, micro-batches of one process in it)."""
+        size, _ = self.ramp.at(consumed_rows)
+        return size, size // (self.batch_size * self.ranks)
 
     def __iter__(self):
         """Yield (batch, number, tokens): tensors on the device, the micro-batch's number within the global batch, and
@@ -209,27 +223,29 @@ class TrainBatches:
         Many steps are located and many rows built at once: most of what numpy costs, it costs per call.
         """
         first = self.consumed_rows
-        steps = max(1, LOCATED_ROWS // self.global_batch)
         at_once = max(1, BUILT_TOKENS // (self.batch_size * self.rows.seq_length))  # micro-batches
         while True:
-            places = np.arange(first, first + steps * self.global_batch)
+            size, left = self.ramp.at(first)
+            accumulation = size // (self.batch_size * self.ranks)
+            steps = min(max(1, LOCATED_ROWS // size), left)
+            places = np.arange(first, first + steps * size)
             epoch, row = self.locate(places)
             keys = derive_key(self.seed, epoch, row)
             progress = np.minimum(places / (self.total_rows or np.inf), 1.0)
             weight = self.objective.targets(self.rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
             tokens = self.rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
-            dealt = (steps * self.accumulation, self.ranks, self.batch_size)
+            dealt = (steps * accumulation, self.ranks, self.batch_size)
             own = [array.reshape(dealt)[:, self.rank] for array in (row, keys, progress)]  # of this process
             for begin in range(0, len(own[0]), at_once):
                 built = (array[begin : begin + at_once].ravel() for array in own)
                 built = self.objective.make_batch(self.rows, *built)
                 built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
                 for index in range(len(built["input_ids"])):
-                    step, micro_batch = divmod(begin + index, self.accumulation)
+                    step, micro_batch = divmod(begin + index, accumulation)
                     batch = {name: array[index] for name, array in built.items()}
-                    batch["loss_denominator"] = np.float32(weight[step] / (self.accumulation * self.ranks))
+                    batch["loss_denominator"] = np.float32(weight[step] / (accumulation * self.ranks))
                     yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
-            first += steps * self.global_batch
+            first += steps * size
 
     def locate(self, places):
         """(epoch, row), each [n] int64, for places in the endless sequence of rows."""

@@ -67,4 +67,8 @@ class PlainAccelerator(Accelerator):
 
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
         """As common.parallel.set_batch."""
-        self.gradient_accumulation_steps = accumulation
+        self.set_accumulation(accumulation)
+
+    def set_accumulation(self, accumulation):
+        """As common.parallel.set_accumulation."""
+        self.gradient_accumulation_steps, self.step = accumulation, 0  # it counts from here on

@@ -113,6 +113,13 @@ class ZeroAccelerator(PlainAccelerator):
                 raise UserError(f"the YAML's {key} {config[key]} contradicts {flag}, {value}: remove it from the YAML")
             config[key] = value
 
+    def set_accumulation(self, accumulation):
+        """As PlainAccelerator's; DeepSpeed divides the losses."""
+        super().set_accumulation(accumulation)
+        if self.deepspeed_engine_wrapped:
+            engine = self.deepspeed_engine_wrapped.engine
+            engine.set_train_batch_size(accumulation * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+
     def load_pretrained(self, auto_class, name, **options):
         """As PlainAccelerator's; under stage 3 prepare() reads a matrix at a time, where the files let it."""
         if self.deepspeed_plugin.zero_stage < 3 or self._precision == "fp16":  # its fp32 copies are cut from the whole

@@ -113,7 +113,7 @@ def main():
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
-    run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
+    run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop, args.ema_decay)
     length = data_args.max_seq_length
     pairs = data_args.sentence_objective != "none"  # one more position that the last layer computes
     targets = {mode.most_targets(length) + pairs for mode in (masking, masking.for_validation())}

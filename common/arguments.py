@@ -155,6 +155,10 @@ class PretrainingArguments(TrainingArguments):
         help="hf: the defaults of what is learned are those of the Hugging Face example run_mlm_no_trainer.py: batch, "
         "optimizer, schedule, dropout, masking, concatenated rows; 3 epochs if no limit is set.",
     )
+    ema_decay: float | None = HfArg(
+        default=None,
+        help="Keep an exponential moving average of the weights with this decay, as 0.999, and save it in ema/.",
+    )
 
 
 GROUPS = (ModelArguments, DataArguments, PretrainingArguments)
@@ -189,6 +193,8 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    if training.ema_decay is not None:
+        between(training, "ema_decay", 0, 1, lower_open=True, upper_open=True)
     if data.final_mlm_probability is not None and training.lr_schedule == "time":
         raise UserError(
             "--final_mlm_probability follows the steps, which are made before their time is known: give "

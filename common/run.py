@@ -18,6 +18,7 @@ from common.report import MetricsLog, write_all_results
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, refuse_infinite_weights, save_pretrained
+from common.weight_average import WeightAverage
 
 LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
 
@@ -32,6 +33,7 @@ class Run:
         settings: dict of plain values that a continued run must share with its checkpoint.
         output_dir: Path; say: function that prints on the main process.
         stop: StopSignals.
+        ema_decay: of an average of the weights, which is saved beside the model; None = there is none.
     Attributes:
         state: TrainState; clock: BudgetClock; limits: Limits; log: StepLog of the losses.
         saved: what the checkpoint it continues from remembers, {} where it begins.
@@ -41,7 +43,9 @@ class Run:
         UserError: a checkpoint that does not exist, is damaged, or belongs to other settings.
     """
 
-    def __init__(self, accelerator, model, optimizer, args, rows, settings, output_dir, say, stop: StopSignals):
+    def __init__(
+        self, accelerator, model, optimizer, args, rows, settings, output_dir, say, stop: StopSignals, ema_decay=None
+    ):
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.rows, self.settings, self.output_dir, self.say, self.stop = rows, settings, output_dir, say, stop
         main = accelerator.is_main_process
@@ -63,6 +67,7 @@ class Run:
         self.metrics_log = MetricsLog(output_dir / run_folder.METRICS, main)
         self.validation_owed, self.last_saved, self.evaluation = False, None, None
         self.loss_now, self.speed = None, None
+        self.average = WeightAverage(accelerator, model, ema_decay) if ema_decay else None
         self._continue(parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings)))
         self.reason = self.limits.reached
 
@@ -71,6 +76,8 @@ class Run:
             if self.args.resume_from_checkpoint:
                 self.say(f"{self.output_dir} has no complete checkpoint: starting from the beginning")
             return
+        if self.average:
+            self.average.load(checkpoint)
         load_training_state(self.accelerator, self.model, self.optimizer, checkpoint)
         self.saved = read_state(checkpoint)
         vars(self.state).update(self.saved["train"])
@@ -129,6 +136,8 @@ class Run:
         rows_before, hours_before, self.evaluation = state.consumed_rows, clock.used_hours, None
         state.finish_step(self.step_rows, tokens)
         self.log.finish_step(state.completed_steps, grad_norm, tokens, self.step_rows)
+        if self.average:
+            self.average.update(state.completed_steps)
         clock.tick(self.stop.requested)
         if self.compiling:
             self.bar.note(f"compiled; the first step took {3600 * (clock.used_hours - hours_before):.0f} s")
@@ -201,10 +210,14 @@ class Run:
             refuse_infinite_weights(self.accelerator, self.model, self.state.completed_steps)
             values = {"train": vars(self.state), "clock": self.clock.state_dict(), "log": self.log.state()}
             values |= {"settings": self.settings, "validation_owed": self.validation_owed, **self.remembered}
-            write = partial(save_training_state, self.accelerator, self.model, self.optimizer)
             steps, limit = self.state.completed_steps, self.args.save_total_limit
-            save_checkpoint(self.accelerator, self.output_dir, steps, write, values, limit)
+            save_checkpoint(self.accelerator, self.output_dir, steps, self._write_state, values, limit)
         self.last_saved = self.state.completed_steps
+
+    def _write_state(self, folder):
+        save_training_state(self.accelerator, self.model, self.optimizer, folder)
+        if self.average:
+            self.average.save(folder)
 
     def stopped(self):
         """Save what a signal has interrupted.
@@ -229,6 +242,13 @@ class Run:
         self.say(f"training ended ({self.reason}); validating on {number:,} held-out rows, then saving")
         results = self.evaluation or self.validate()
         save_pretrained(self.accelerator, self.model, self.tokenizer, self.output_dir)
+        if self.average:
+            with self.average.in_place():
+                judged = evaluate(self.accelerator, self.model, self.eval_batches)
+                save_pretrained(self.accelerator, self.model, self.tokenizer, self.output_dir / run_folder.AVERAGE)
+            results = results | {f"ema_{name}": value for name, value in judged.items()}
+            loss, folder = judged["eval_loss"], self.output_dir / run_folder.AVERAGE
+            self.say(f"average of the weights: held-out loss {loss:.4f}, saved in {folder}")
         return results | {"perplexity": math.exp(results["eval_loss"])} | self._figures() | self.meter.totals()
 
     def report_throughput(self, in_force):

@@ -162,6 +162,7 @@ def test_model_type_and_layer_norm_mode_agree():
         ("--curve esd --esd_shrink 1", ["--esd_shrink"]),
         ("--curve exp --exponential_end_ratio -1", ["--exponential_end_ratio"]),
         ("--seed -1", ["--seed"]),
+        ("--ema_decay 1", ["--ema_decay 1"]),
         ("--seed 4294967296", ["--seed"]),
         ("--initializer_range -1", ["--initializer_range"]),
         ("--adam_beta2 1", ["--adam_beta2"]),

@@ -77,6 +77,7 @@ class ZeroAccelerator(PlainAccelerator):
             build_extension("deepspeed_shm_comm")  # which DeepSpeed would build in the middle of its start
         elif offloaded:
             build_extension("cpu_adam")
+        self.averages = plugin.zero_stage < 3  # which keeps small parameters twice, cut and whole
         with contextlib.redirect_stdout(io.StringIO()):  # every process would say that its extension was loaded
             Accelerator.__init__(  # without what data parallelism asks for
                 self, mixed_precision=mixed_precision, deepspeed_plugin=plugin, kwargs_handlers=handlers, **settings

@@ -24,7 +24,7 @@ import transformers
 from accelerate.utils import set_seed
 
 from common import parallel, run_folder
-from common.batch_size import cut_global_batch, find_batch_size
+from common.batch_size import find_batch_size
 from common.checkpoint import resolve_checkpoint
 from common.clm_arguments import parse_clm_arguments
 from common.clock import read_readings
@@ -91,7 +91,7 @@ def main():
         accelerator, partial(prepare_rows, config, data_args, say)
     )
     fit_vocabulary(config, tokenizer, model_args)
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     shape = (config, data_args, args, per_device, accumulation)
     workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type, sharding)
     footprint = parallel.on_main(accelerator, workload.footprint)
@@ -126,7 +126,7 @@ def main():
         first_batch = lambda size: next(stream(batch_size=size, accumulation=1).micro_batches())[0]  # noqa: E731
         try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
-        per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
+        per_device, accumulation = args.batch_ramp.cut(per_device, ranks)
         parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     say(
         f"output: {output_dir}",
@@ -148,7 +148,8 @@ def main():
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     if tokenizer:  # for its checkpoints
         parallel.on_main(accelerator, lambda: tokenizer.save_pretrained(output_dir) and None)
-    batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=run.state.consumed_rows)
+    span = {"consumed_rows": run.state.consumed_rows, "ramp": run.limits.ramp}
+    batches = stream(batch_size=per_device, accumulation=accumulation, **span)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
@@ -248,7 +249,7 @@ def plan(config, model_args, data_args, args):
 def expected_workload(config, data_args, args):
     """As make_workload, before an accelerator says what is in force."""
     ranks = parallel.launched_data_ranks()
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sharding = parallel.launched_sharding()

@@ -160,7 +160,7 @@ def main():
                 state.consumed_rows += batches.global_batch
                 continue
             state.finish_step(batches.global_batch, tokens)
-            step_log.finish_step(state.completed_steps, grad_norm, tokens)
+            step_log.finish_step(state.completed_steps, grad_norm, tokens, batches.global_batch)
             step, epochs = state.completed_steps, state.completed_steps / batches.steps_per_epoch
             learning_rate = lr_scheduler.get_last_lr()[0]
             lr_scheduler.step(step / total_steps)  # of the next step

@@ -24,13 +24,13 @@ from accelerate.utils import set_seed
 
 from common import parallel, run_folder
 from common.arguments import parse_pretraining_arguments
-from common.batch_size import cut_global_batch, find_batch_size
+from common.batch_size import find_batch_size
 from common.checkpoint import resolve_checkpoint
 from common.clock import read_readings
 from common.data.batches import EvalBatches, Masking, TrainBatches, to_device
-from common.data.masking import targets_per_row
 from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
+from common.data.sentence_pairs import SentencePairs
 from common.errors import run_main
 from common.fill_mask import fill_mask_examples
 from common.final_report import report
@@ -73,7 +73,7 @@ def main():
 
     # ---- Data, model, optimizer ------------------------------------------------------------------
     corpus, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
-    flags = ("mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
+    flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
     masking = Masking.for_tokenizer(corpus.tokenizer, **{name: getattr(data_args, name) for name in flags})
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
@@ -91,7 +91,7 @@ def main():
     optimizer = build_optimizer(model, args, in_force["precision"])
 
     # ---- The global batch, cut into what fits a device -------------------------------------------
-    per_device, accumulation = cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, ranks)
+    per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     stream = partial(TrainBatches, rows, masking, args.seed, **here)
@@ -101,7 +101,7 @@ def main():
         first_batch = lambda size: next(stream(batch_size=size, accumulation=1).micro_batches())[0]  # noqa: E731
         try_batch = lambda size: to_device(first_batch(size), accelerator.device)  # noqa: E731
         per_device = find_batch_size(accelerator, model, try_batch, per_device, agree_max)
-        per_device, accumulation = cut_global_batch(args.train_batch_size, per_device, ranks)
+        per_device, accumulation = args.batch_ramp.cut(per_device, ranks)
         parallel.set_batch(accelerator, per_device, accumulation, args.max_grad_norm)
     say(f"output: {output_dir}")
     say(
@@ -113,9 +113,10 @@ def main():
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
-    run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop)
+    run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop, args.ema_decay)
     length = data_args.max_seq_length
-    targets = {targets_per_row(mode.probability, length) for mode in (masking, masking.for_validation())}
+    pairs = data_args.sentence_objective != "none"  # one more position that the last layer computes
+    targets = {mode.most_targets(length) + pairs for mode in (masking, masking.for_validation())}
     shape = (config, per_device, length, sorted(targets), data_args.packing == "documents", compiling)
     choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say)
     attention = parallel.on_main(accelerator, choose)
@@ -125,12 +126,12 @@ def main():
     facts = {"model": vars(model_args), "data": vars(data_args), "training": vars(args), "command": command} | in_force
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     parallel.on_main(accelerator, lambda: corpus.tokenizer.save_pretrained(output_dir) and None)  # for its checkpoints
-    batches = stream(batch_size=per_device, accumulation=accumulation, consumed_rows=run.state.consumed_rows)
+    span = {"consumed_rows": run.state.consumed_rows, "total_rows": run.limits.total_rows, "ramp": run.limits.ramp}
+    batches = stream(batch_size=per_device, accumulation=accumulation, **span)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
-    def flops(steps, tokens, layer_passes=3):
-        targets = steps * args.train_batch_size * targets_per_row(data_args.mlm_probability, data_args.max_seq_length)
-        return masked_flops(config, tokens, targets, data_args.max_seq_length, layer_passes)
+    def flops(rows, tokens, layer_passes=3):
+        return masked_flops(config, tokens, rows * masking.most_targets(length), length, layer_passes)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
     meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])
@@ -167,7 +168,7 @@ def check(model_args, data_args, args):
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
     refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
-    cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
+    args.batch_ramp.cut(args.per_device_train_batch_size, parallel.launched_data_ranks())
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
@@ -198,9 +199,12 @@ def prepare_rows(data_args, say, first=True):
     Only the first process overwrites a cache; the others use what it made.
     """
     corpus = prepare_corpus(replace(data_args, overwrite_cache=data_args.overwrite_cache and first), say)
-    frame = Frame.for_masked(corpus.tokenizer)
+    shape = Frame.for_masked(corpus.tokenizer), data_args.max_seq_length
+    if data_args.sentence_objective != "none":
+        parts = corpus.train, corpus.validation
+        return corpus, *(SentencePairs(part, *shape, data_args.sentence_objective) for part in parts)
     rows = (
-        build_rows(part, frame, data_args.max_seq_length, data_args.packing, corpus.rows_folder / name)
+        build_rows(part, *shape, data_args.packing, corpus.rows_folder / name)
         for name, part in (("train", corpus.train), ("validation", corpus.validation))
     )
     return corpus, *rows

@@ -126,6 +126,10 @@ class DataArguments(TextArguments):
     mlm_probability: float = HfArg(
         default=0.4, help="Share of a row's positions that are predicted, in (0, 1); validation always masks 0.15."
     )
+    final_mlm_probability: float | None = HfArg(
+        default=None,
+        help="The share at the end of the run; it changes linearly with the steps, from --mlm_probability on.",
+    )
     masking: str = HfArg(
         default="token",
         help="What is chosen together: token, whole_word, or ngram: one to three words in proportion to 1/n, as in "
@@ -134,6 +138,11 @@ class DataArguments(TextArguments):
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become [MASK].")
     random_replace_prob: float = HfArg(
         default=0.1, help="Share of them that become a random token; what is left stays as it is."
+    )
+    sentence_objective: str = HfArg(
+        default="none",
+        help="Also judge pairs of texts, one pair in a row: sop (are two texts of a document in order?) or nsp (does "
+        "the second follow the first?); needs token files of sentences in --dataset_path.",
     )
 
 
@@ -145,6 +154,10 @@ class PretrainingArguments(TrainingArguments):
         default=None,
         help="hf: the defaults of what is learned are those of the Hugging Face example run_mlm_no_trainer.py: batch, "
         "optimizer, schedule, dropout, masking, concatenated rows; 3 epochs if no limit is set.",
+    )
+    ema_decay: float | None = HfArg(
+        default=None,
+        help="Keep an exponential moving average of the weights with this decay, as 0.999, and save it in ema/.",
     )
 
 
@@ -180,6 +193,13 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    if training.ema_decay is not None:
+        between(training, "ema_decay", 0, 1, lower_open=True, upper_open=True)
+    if data.final_mlm_probability is not None and training.lr_schedule == "time":
+        raise UserError(
+            "--final_mlm_probability follows the steps, which are made before their time is known: give "
+            "--max_train_steps or --num_train_epochs with --lr_schedule step"
+        )
     return model, data, training, notes
 
 
@@ -232,7 +252,19 @@ def _check_model(model, data, defaults):
 def _check_data(data):
     check_text(data)
     one_of("packing", data.packing, ["documents", "concat"])
+    one_of("sentence_objective", data.sentence_objective, ["none", "nsp", "sop"])
+    if data.sentence_objective != "none" and not data.dataset_path:
+        raise UserError(
+            f"--sentence_objective {data.sentence_objective} needs sentences: prepare the text with "
+            "prepare_pile_data.py --split_sentences, and name its folder by --dataset_path"
+        )
+    if data.sentence_objective != "none" and data.packing == "concat":
+        raise UserError(
+            f"--sentence_objective {data.sentence_objective} contradicts --packing concat: rows hold pairs; drop one"
+        )
     between(data, "mlm_probability", 0, 1, lower_open=True, upper_open=True)
+    if data.final_mlm_probability is not None:
+        between(data, "final_mlm_probability", 0, 1, lower_open=True, upper_open=True)
     one_of("masking", data.masking, ["token", "whole_word", "ngram"])
     for name in ("mask_replace_prob", "random_replace_prob"):
         between(data, name, 0, 1)

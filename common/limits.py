@@ -21,12 +21,18 @@ class Limits:
     """
 
     def __init__(self, args, rows, clock, state):
+        self.ramp = args.batch_ramp
         steps = [args.max_train_steps] if args.max_train_steps is not None else []
         if args.num_train_epochs is not None:
-            steps.append(max(1, math.ceil(args.num_train_epochs * rows / args.train_batch_size)))
+            steps.append(max(1, self.ramp.steps_for(math.ceil(args.num_train_epochs * rows))))
         self.max_steps = min(steps) if steps else None
         self.args, self.clock, self.state = args, clock, state
         self.rows_per_shard = max(args.train_batch_size, rows // args.shards_per_epoch)
+
+    @property
+    def total_rows(self):
+        """Rows in all steps of the run; None where their number has no limit."""
+        return self.max_steps and self.ramp.rows_after(self.max_steps)
 
     @property
     def reached(self):

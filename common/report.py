@@ -313,6 +313,8 @@ def _results_table(results: dict, kind: ModelKind) -> list[tuple[str, str, str]]
     table = [("loss (nats)", *(f"{loss:.3f}" for loss in losses)), ("accuracy", *(f"{a:.1%}" for a in accuracies))]
     if kind is CAUSAL:
         table.insert(1, ("perplexity", *(f"{math.exp(loss):,.2f}" for loss in losses)))
+    if "eval_sentence_accuracy" in results:
+        table.append(("accuracy on pairs of texts", f"{results['eval_sentence_accuracy']:.1%}", "50.0%"))
     return table
 
 

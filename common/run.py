@@ -19,6 +19,7 @@ from common.report import MetricsLog, write_all_results
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, judged_weights, refuse_infinite_weights, save_pretrained
+from common.weight_average import WeightAverage
 
 LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
 
@@ -33,6 +34,7 @@ class Run:
         settings: dict of plain values that a continued run must share with its checkpoint.
         output_dir: Path; say: function that prints on the main process.
         stop: StopSignals.
+        ema_decay: of an average of the weights, which is saved beside the model; None = there is none.
     Attributes:
         state: TrainState; clock: BudgetClock; limits: Limits; log: StepLog of the losses.
         saved: what the checkpoint it continues from remembers, {} where it begins.
@@ -42,7 +44,9 @@ class Run:
         UserError: a checkpoint that does not exist, is damaged, or belongs to other settings.
     """
 
-    def __init__(self, accelerator, model, optimizer, args, rows, settings, output_dir, say, stop: StopSignals):
+    def __init__(
+        self, accelerator, model, optimizer, args, rows, settings, output_dir, say, stop: StopSignals, ema_decay=None
+    ):
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.rows, self.settings, self.output_dir, self.say, self.stop = rows, settings, output_dir, say, stop
         main = accelerator.is_main_process
@@ -65,6 +69,7 @@ class Run:
         self.metrics_log = MetricsLog(output_dir / run_folder.METRICS, main)
         self.validation_owed, self.last_saved, self.evaluation = False, None, None
         self.loss_now, self.speed = None, None
+        self.average = WeightAverage(accelerator, model, ema_decay) if ema_decay else None
         self._continue(parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings)))
         self.reason = self.limits.reached
 
@@ -73,6 +78,8 @@ class Run:
             if self.args.resume_from_checkpoint:
                 self.say(f"{self.output_dir} has no complete checkpoint: starting from the beginning")
             return
+        if self.average:
+            self.average.load(checkpoint)
         load_training_state(self.accelerator, self.model, self.optimizer, checkpoint)
         self.saved = read_state(checkpoint)
         vars(self.state).update(self.saved["train"])
@@ -95,6 +102,7 @@ class Run:
             cap: function called after every step, which raises where the process is too large; or None.
         """
         self.eval_batches, self.tokenizer, self.meter, self.cap = eval_batches, tokenizer, meter, cap
+        self.batches = batches
         self.bar, self.compiling = Progress(self.accelerator.is_main_process, label), compiling
         self.lr_scheduler.step(self.limits.schedule_progress)
         self.stop.listen()  # from here on a signal waits for the end of a step
@@ -102,6 +110,7 @@ class Run:
         self.log = StepLog(self.accelerator, self.saved.get("log"))
         if compiling:
             self.say("compiling the model: the first step takes long, and counts")
+        self._begin_step()
         if self.validation_owed:  # a signal came before it could be made
             self.validate()
         if not self.reason:
@@ -127,8 +136,10 @@ class Run:
             return
         args, state, clock, limits = self.args, self.state, self.clock, self.limits
         rows_before, hours_before, self.evaluation = state.consumed_rows, clock.used_hours, None
-        state.finish_step(args.train_batch_size, tokens)
-        self.log.finish_step(state.completed_steps, grad_norm, tokens)
+        state.finish_step(self.step_rows, tokens)
+        self.log.finish_step(state.completed_steps, grad_norm, tokens, self.step_rows)
+        if self.average:
+            self.average.update(state.completed_steps)
         clock.tick(self.stop.requested)
         if self.compiling:
             self.bar.note(f"compiled; the first step took {3600 * (clock.used_hours - hours_before):.0f} s")
@@ -143,7 +154,7 @@ class Run:
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)
         if log_due or self.reason in LAST_LOG or warm:
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
-            metrics |= self.meter.measure(**interval)
+            metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
             self.log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / self.rows})
             self.loss_now, self.speed = metrics["loss"], metrics["tokens_per_second"]
         if warm:
@@ -163,12 +174,21 @@ class Run:
             self.bar.note(f"step {state.completed_steps:,}: model saved in {folder}")
         if limits.checkpoint_due(rows_before, hours_before) and not self.reason:
             self.save_state()
+        self._begin_step()
+
+    def _begin_step(self):
+        """Let the strategy accumulate the micro-batches of the next step."""
+        self.step_rows, accumulation = self.batches.next_step(self.state.consumed_rows)
+        if accumulation != self.accelerator.gradient_accumulation_steps:
+            parallel.set_accumulation(self.accelerator, accumulation)
+            self.bar.note(f"after step {self.state.completed_steps:,}: global batch {self.step_rows:,} rows")
 
     def _skip_step(self):
         self.log.drop_step(self.state.completed_steps)
-        self.state.consumed_rows += self.args.train_batch_size
+        self.state.consumed_rows += self.step_rows
         self.clock.tick(self.stop.requested)
         self.reason = "signal" if self.clock.stop else self.limits.reached
+        self._begin_step()
 
     def log_row(self, metrics):
         """Write a row of metrics.jsonl, and to the tracker. Args: metrics: dict."""
@@ -182,7 +202,8 @@ class Run:
             evaluation = evaluate(self.accelerator, self.model, self.eval_batches)
         self.log_row(evaluation)
         loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
-        self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}")
+        pairs = f", of pairs {evaluation['eval_sentence_accuracy']:.2%}" if "eval_sentence_loss" in evaluation else ""
+        self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}{pairs}")
         return evaluation
 
     def save_pretrained(self, folder):
@@ -196,10 +217,14 @@ class Run:
             refuse_infinite_weights(self.accelerator, self.model, self.state.completed_steps)
             values = {"train": vars(self.state), "clock": self.clock.state_dict(), "log": self.log.state()}
             values |= {"settings": self.settings, "validation_owed": self.validation_owed, **self.remembered}
-            write = partial(save_training_state, self.accelerator, self.model, self.optimizer)
             steps, limit = self.state.completed_steps, self.args.save_total_limit
-            save_checkpoint(self.accelerator, self.output_dir, steps, write, values, limit)
+            save_checkpoint(self.accelerator, self.output_dir, steps, self._write_state, values, limit)
         self.last_saved = self.state.completed_steps
+
+    def _write_state(self, folder):
+        save_training_state(self.accelerator, self.model, self.optimizer, folder)
+        if self.average:
+            self.average.save(folder)
 
     def stopped(self):
         """Save what a signal has interrupted.
@@ -224,6 +249,13 @@ class Run:
         self.say(f"training ended ({self.reason}); validating on {number:,} held-out rows, then saving")
         results = self.evaluation or self.validate()
         self.save_pretrained(self.output_dir)
+        if self.average:
+            with self.average.in_place():
+                judged = evaluate(self.accelerator, self.model, self.eval_batches)
+                save_pretrained(self.accelerator, self.model, self.tokenizer, self.output_dir / run_folder.AVERAGE)
+            results = results | {f"ema_{name}": value for name, value in judged.items()}
+            loss, folder = judged["eval_loss"], self.output_dir / run_folder.AVERAGE
+            self.say(f"average of the weights: held-out loss {loss:.4f}, saved in {folder}")
         return results | {"perplexity": math.exp(results["eval_loss"])} | self._figures() | self.meter.totals()
 
     def report_throughput(self, in_force):

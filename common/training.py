@@ -49,19 +49,20 @@ class StepLog:
         """Take a micro-batch's loss (scalar tensor)."""
         self._micro_losses.append(loss.detach())
 
-    def finish_step(self, step, grad_norm, tokens):
+    def finish_step(self, step, grad_norm, tokens, rows):
         """Close an optimizer step: its loss is the mean of its micro-batches'.
 
         Args:
             step: its number.
             grad_norm: scalar tensor, or None where nothing was clipped.
-            tokens: real tokens of the step over all processes.
+            tokens, rows: real tokens and rows of the step over all processes.
         """
         loss = torch.stack(self._micro_losses).mean()
         norm = None if grad_norm is None else torch.as_tensor(grad_norm).detach().to(loss)
         self._unread.append((step, loss, norm))
         self._micro_losses, self._skipped = [], 0
         self.totals["tokens"] += tokens
+        self.totals["rows"] += rows
         if len(self._unread) >= MOST_UNREAD:
             self.read()
 
@@ -110,8 +111,8 @@ class StepLog:
         """Averages since the last call, over steps and processes.
 
         Returns:
-            (metrics, interval): loss and grad_norm (of the last step, None where unknown); steps, tokens and seconds
-            of training.
+            (metrics, interval): loss and grad_norm (of the last step, None where unknown); steps, tokens, rows and
+            seconds of training.
         Raises:
             DivergedError: as read().
         """
@@ -125,7 +126,8 @@ class StepLog:
 
     def _restart(self, **totals):
         self._micro_losses, self._unread = [], []
-        self.totals = {"loss": 0.0, "grad_norm": None, "steps": 0, "tokens": 0, "seconds": 0.0} | totals
+        self.totals = {"loss": 0.0, "grad_norm": None, "steps": 0, "tokens": 0, "rows": 0, "seconds": 0.0}
+        self.totals |= totals
         self._began, self.paused_seconds = time.perf_counter(), 0.0
 
 
@@ -175,22 +177,30 @@ def evaluate(accelerator, model, eval_batches):
         model: prepared model whose output has `losses` and `correct` for each predicted position.
         eval_batches: this process's batches, the same number for each.
     Returns:
-        dict: eval_loss (mean over predicted positions, in nats), eval_accuracy.
+        dict: eval_loss (mean over predicted positions, in nats), eval_accuracy; where there are pairs of sentences
+        eval_sentence_loss and eval_sentence_accuracy, too.
     Raises:
         DivergedError: a loss that is not a number.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = 0.0
     with torch.no_grad():
         for batch in eval_batches:
-            output, weights = model(**batch), batch[eval_batches.objective.weights]
-            parts = [(output.losses * weights).sum(), (output.correct * weights).sum(), weights.sum()]
-            sums += torch.stack(parts).to("cpu", torch.float64)
+            output = model(**batch)
+            judged = {"eval_": (output.losses, output.correct, batch[eval_batches.objective.weights])}
+            if "sentence_weights" in batch:
+                of_pairs = output.sentence_losses, output.sentence_correct, batch["sentence_weights"]
+                judged["eval_sentence_"] = of_pairs
+            parts = [((losses * w).sum(), (correct * w).sum(), w.sum()) for losses, correct, w in judged.values()]
+            sums += torch.stack([torch.stack(part) for part in parts]).to("cpu", torch.float64)
     model.train()
-    loss, correct, weight = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    if not math.isfinite(loss):
-        raise DivergedError(f"the validation loss is not a number: {LESS_EXTREME}")
-    return {"eval_loss": loss / weight, "eval_accuracy": correct / weight}
+    evaluation = {}
+    sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+    for name, (loss, correct, weight) in zip(judged, sums, strict=True):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the validation loss is not a number: {LESS_EXTREME}")
+        evaluation |= {f"{name}loss": loss / weight, f"{name}accuracy": correct / weight}
+    return evaluation
 
 
 def refuse_infinite_weights(accelerator, model, step):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers.hf_argparser import HfArg
 
+from common.batch_ramp import BatchRamp
 from common.curve_files import check_curve_flags
 from common.errors import UserError
 from common.flags import PrecisionArguments, at_least, between, one_of, positive
@@ -81,6 +82,13 @@ class TrainingArguments(PrecisionArguments):
     # ---- batch
     train_batch_size: int | None = HfArg(
         default=None, help="Rows in the global batch of one optimizer step (8 on a CPU, 256 on a GPU)."
+    )
+    rampup_batch_size: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "START INCREMENT ROWS, as Megatron's: begin with a global batch of START rows and add INCREMENT "
+            "at equal distances, up to --train_batch_size when ROWS rows are consumed."
+        },
     )
     per_device_train_batch_size: int = HfArg(
         default=32, aliases=["--train_micro_batch_size_per_gpu"], help="Rows a device takes at once."
@@ -188,6 +196,11 @@ class TrainingArguments(PrecisionArguments):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
+    def batch_ramp(self):
+        """The global batch of every step."""
+        return BatchRamp(self.train_batch_size, self.rampup_batch_size)
+
+    @property
     def time_markers(self):
         """--finetune_time_markers as a list of fractions in (0, 1)."""
         return [float(part) for part in (self.finetune_time_markers or "").split(",") if part]
@@ -224,6 +237,9 @@ def check_training(args, default_epochs=None):
         positive(args, name)
     between(args, "seed", 0, 2**32 - 1)
     at_least(args, "checkpointing_minutes", 0)
+    if len(args.rampup_batch_size) not in (0, 3):
+        given = " ".join(map(str, args.rampup_batch_size))
+        raise UserError(f"--rampup_batch_size {given}: give three numbers, START INCREMENT ROWS")
     for name in ("max_train_steps", "train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"):
         at_least(args, name, 1)
     for name in ("eval_steps", "checkpointing_steps", "save_total_limit", "logging_steps", "shards_per_epoch"):
@@ -254,6 +270,7 @@ def check_training(args, default_epochs=None):
         raise UserError("--resume_from_checkpoint latest needs --output_dir: name the run to continue")
     _check_limits(args, default_epochs)
     check_curve_flags(args)
+    BatchRamp(args.train_batch_size, args.rampup_batch_size)  # judges them
     try:
         in_range = all(0 < marker < 1 for marker in args.time_markers)
     except ValueError:

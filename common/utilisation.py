@@ -49,7 +49,7 @@ def causal_flops(model, seq_length):
     Args:
         model: transformers model with an output embedding; seq_length: S.
     Returns:
-        function of (optimizer steps, real tokens, layer_passes=3) that gives the FLOPs; the steps do not matter.
+        function of (rows, real tokens, layer_passes=3) that gives the FLOPs; the rows do not matter.
     """
     config, head = model.config, model.get_output_embeddings().weight
     apart = {id(head), *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding))}
@@ -113,7 +113,7 @@ class Meter:
     """Speed and utilisation, between two logs and over the run.
 
     Args:
-        flops: function of optimizer steps, real tokens and layer_passes=3, as masked_flops; formula: what it is.
+        flops: function of rows, real tokens and layer_passes=3, as masked_flops; formula: what it is.
         batches: the run's TrainBatches, for its waiting time.
         device, precision, ranks: what the peak is measured on, and how often it is there.
     """
@@ -127,20 +127,20 @@ class Meter:
 
     def restart(self):
         """Forget what was measured so far."""
-        self._flops = self._tokens = self._steps = self._seconds = 0.0
+        self._flops = self._tokens = self._rows = self._seconds = 0.0
 
-    def measure(self, steps, tokens, seconds):
+    def measure(self, rows, tokens, seconds):
         """What the log says of the last steps.
 
         Args:
-            steps: optimizer steps; tokens: real tokens in them, over all processes; seconds: of training.
+            rows, tokens: rows and real tokens in them, over all processes; seconds: of training.
         Returns:
             dict: tokens_per_second, mfu, data_wait_share, peak_memory_bytes.
         """
-        flops = self.flops(steps, tokens)
+        flops = self.flops(rows, tokens)
         waited, self._waited = self.batches.wait_seconds - self._waited, self.batches.wait_seconds
         self._flops, self._tokens, self._seconds = self._flops + flops, self._tokens + tokens, self._seconds + seconds
-        self._steps += steps
+        self._rows += rows
         return {
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self.peak,
@@ -171,9 +171,9 @@ class Meter:
             hardware_tflops_per_device (what is computed).
         """
         device_seconds = self._seconds * self.ranks * 1e12
-        made = self.flops(self._steps, self._tokens, layer_passes=3 + recomputes)
+        made = self.flops(self._rows, self._tokens, layer_passes=3 + recomputes)
         return self.totals() | {
-            "samples_per_second": self._steps * self.batches.global_batch / self._seconds,
+            "samples_per_second": self._rows / self._seconds,
             "model_tflops_per_device": self._flops / device_seconds,
             "hardware_tflops_per_device": made / device_seconds,
         }

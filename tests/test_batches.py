@@ -1,5 +1,6 @@
 """Masks and order: exact counts, 80/10/10, functions of position alone, the same whatever the cut."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +199,32 @@ def test_smaller_micro_batches_hold_the_same_global_batch_and_loss_weight(tmp_pa
     assert large[0][0]["loss_denominator"] == weight
     assert all(torch.isclose(batch["loss_denominator"] * 4, weight) for batch, _, _ in small)
     assert large[0][2] == (large[0][0]["document_ids"] > 0).sum()
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.15), (0.1, 0.5)])
+def test_a_rate_that_changes_with_the_place_in_the_run(tmp_path, rates):
+    """Ankner et al. 2023: linear in what is over of the run, whatever the cut and the number of processes."""
+    rows, total = make_rows(tmp_path), 16 * 20
+    masking = Masking(rates[0], 910, 4, rates[1])
+    stream = partial(TrainBatches, rows, masking, 7, 4, device=CPU, total_rows=total)
+    one = take(stream(accumulation=4, rank=0, ranks=1), 4 * 24)  # goes on behind the end
+    for number, (batch, _, _) in enumerate(one):
+        assert batch["masked_weights"].shape == (4, round(max(rates) * 32))
+        for row in range(4):
+            share = min(1, (4 * number + row) / total)
+            text = int((batch["document_ids"][row] > 0).sum()) - 2 * int(batch["document_ids"][row].max())
+            expected = min(text, round((rates[0] + (rates[1] - rates[0]) * share) * 32))
+            positions = batch["masked_positions"][row][batch["masked_weights"][row] > 0].tolist()
+            assert len(positions) == len(set(positions)) == expected
+        step = one[number - number % 4 : number - number % 4 + 4]
+        assert batch["loss_denominator"] * 4 == sum(part["masked_weights"].sum() for part, _, _ in step)
+    two = [take(stream(accumulation=2, rank=rank, ranks=2), 48) for rank in range(2)]
+    resumed = take(stream(accumulation=4, rank=0, ranks=1, consumed_rows=16 * 3), 12)
+    for name in ("input_ids", "masked_positions", "masked_labels", "masked_weights"):
+        for number, (batch, _, _) in enumerate(one):
+            assert torch.equal(batch[name], two[number % 2][number // 2][0][name])
+        for batch, again in zip(one[12:24], resumed, strict=True):
+            assert torch.equal(batch[0][name], again[0][name])
 
 
 def test_an_epoch_uses_every_row_once_and_masks_change_between_epochs(tmp_path):

@@ -64,15 +64,17 @@ def plain_choice(is_text, begins, key, k, most):
 
 @pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("k", [1, 7, 19, 51])
-def test_equal_to_one_word_after_another(most, k):
+@pytest.mark.parametrize("fewer", [False, True])
+def test_equal_to_one_word_after_another(most, k, fewer):
     is_text, begins = random_rows(k, 1000, 128)
     keys = derive_key(5, np.arange(1000))
-    found = choose_words(is_text, begins, keys, k, most)
+    limits = np.random.default_rng(1).integers(1, k + 1, 1000) if fewer else np.full(1000, k)
+    found = choose_words(is_text, begins, keys, k, most, limits if fewer else None)
     assert found.shape == (1000, k)
     for row in range(1000):
-        expected = plain_choice(is_text[row], begins[row], keys[row : row + 1], k, most)
+        expected = plain_choice(is_text[row], begins[row], keys[row : row + 1], limits[row], most)
         assert found[row][found[row] < NOT_TEXT].tolist() == expected
-        assert len(expected) == min(k, is_text[row].sum())
+        assert len(expected) == min(limits[row], is_text[row].sum())
 
 
 def test_a_row_is_masked_alone_as_in_company():

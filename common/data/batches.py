@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from common.batch_ramp import BatchRamp
 from common.data.masking import REPLACED, choose_tokens, derive_key, permute, replace_tokens, targets_per_row
 from common.data.tokenizers import vocabulary_size
 from common.data.words import RUN_WORDS, choose_words, word_begins
@@ -29,9 +30,10 @@ EVAL_PROBABILITY = 0.15  # and so is their rate, so that losses can be compared
 class Masking:
     """Masked-language modelling as an objective: what is predicted in a row, and what its batches hold."""
 
-    probability: float
+    probability: float  # at the beginning of a run
     vocab_size: int
     mask_id: int
+    final_probability: float | None = None  # at its end, where that is another one
     replaced: tuple[int, int, int] = REPLACED  # see replace_tokens
     word_begins: np.ndarray | None = field(
         default=None, repr=False, compare=False
@@ -42,7 +44,13 @@ class Masking:
 
     @classmethod
     def for_tokenizer(
-        cls, tokenizer, mlm_probability, masking="token", mask_replace_prob=0.8, random_replace_prob=0.1
+        cls,
+        tokenizer,
+        mlm_probability,
+        masking="token",
+        mask_replace_prob=0.8,
+        random_replace_prob=0.1,
+        final_mlm_probability=None,
     ):
         """As the flags of these names say. Args: tokenizer: transformers' fast one, with a mask token."""
         shares = [round(share * 1000) for share in (mask_replace_prob, random_replace_prob)]
@@ -51,6 +59,7 @@ class Masking:
             mlm_probability,
             vocabulary_size(tokenizer),
             tokenizer.mask_token_id,
+            final_mlm_probability,
             (*(share // common for share in shares), 1000 // common),
             None if masking == "token" else word_begins(tokenizer),
             RUN_WORDS if masking == "ngram" else 1,
@@ -60,24 +69,43 @@ class Masking:
         """The same for all runs: 15 % of the tokens are chosen, and treated as in BERT."""
         return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id)
 
-    def targets(self, rows, row):
-        """[B]: positions that count in each row. Args: rows, row as make_batch."""
-        return np.minimum(rows.text_tokens(row), targets_per_row(self.probability, rows.seq_length))
+    def most_targets(self, seq_length):
+        """k: fixed for a run, whose rate may change."""
+        return targets_per_row(max(self.probability, self.final_probability or 0.0), seq_length)
 
-    def make_batch(self, rows, row, keys):
+    def limits(self, rows, row, keys, progress):
+        """[B]: positions to choose in rows, at most k; None: k everywhere. Arguments as make_batch.
+
+        Source: Ankner et al. 2023, "Dynamic masking rate schedules for MLM pretraining" (arXiv:2305.15096), linear.
+        """
+        if self.final_probability is None and rows.full:
+            return None
+        final = self.probability if self.final_probability is None else self.final_probability
+        rate = self.probability + (final - self.probability) * progress
+        tokens = rows.seq_length if rows.full else rows.real_tokens(row, keys)
+        return np.clip(np.rint(rate * tokens), 1, self.most_targets(rows.seq_length)).astype(np.int64)
+
+    def targets(self, rows, row, keys, progress):
+        """[B]: positions that count in each row. Arguments as make_batch."""
+        limits, k = self.limits(rows, row, keys, progress), self.most_targets(rows.seq_length)
+        return np.minimum(rows.text_tokens(row, keys), k if limits is None else limits)
+
+    def make_batch(self, rows, row, keys, progress=0.0):
         """One masked micro-batch as numpy arrays, by the batch contract.
 
         Args:
-            rows: DocumentRows or ConcatenatedRows; row: [B] int64; keys: [B] uint64.
+            rows: DocumentRows, ConcatenatedRows or SentencePairs; row: [B] int64; keys: [B] uint64.
+            progress: share of the run that is over when these rows come, [B] float64 or one number.
         Returns:
-            dict: input_ids, position_ids, document_ids [B, S]; masked_positions, masked_labels, masked_weights [B, k].
+            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k].
         """
-        batch, k = rows.build(row), targets_per_row(self.probability, rows.seq_length)
+        batch, k = rows.build(row, keys), self.most_targets(rows.seq_length)
+        limits = self.limits(rows, row, keys, np.broadcast_to(progress, row.shape))
         ids, is_text = batch["input_ids"], batch.pop("is_text")
         if self.word_begins is None:
-            chosen = choose_tokens(is_text, keys, k)
+            chosen = choose_tokens(is_text, keys, k, limits)
         else:
-            chosen = choose_words(is_text, self.word_begins[ids], keys, k, self.run_words)
+            chosen = choose_words(is_text, self.word_begins[ids], keys, k, self.run_words, limits)
         targets = replace_tokens(ids, chosen, keys, self.vocab_size, self.mask_id, self.replaced)
         return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
 
@@ -91,11 +119,11 @@ class NextToken:
         """The same."""
         return self
 
-    def targets(self, rows, row):
+    def targets(self, rows, row, _keys, _progress):
         """[B]: tokens that are predicted in each row: those that follow another one of their document."""
         return rows.next_tokens(row)
 
-    def make_batch(self, rows, row, keys):
+    def make_batch(self, rows, row, keys, progress=0.0):
         """One micro-batch as numpy arrays, nothing random in it; arguments as Masking.make_batch.
 
         Returns:
@@ -116,7 +144,7 @@ class TrainBatches:
     """Endless micro-batches of one process, from any place in the sequence of rows.
 
     Args:
-        rows: DocumentRows, ConcatenatedRows or SyntheticRows.
+        rows: DocumentRows, ConcatenatedRows, SentencePairs or SyntheticRows.
         objective: Masking or NextToken.
         seed: int.
         batch_size: rows in a micro-batch.
@@ -124,20 +152,37 @@ class TrainBatches:
         rank, ranks: this process among those that read different rows.
         device: torch.device.
         consumed_rows: where to begin in the sequence; a multiple of the global batch after a resume.
+        total_rows: of the whole run, for an objective that changes with its progress; None: it stays at its beginning.
+        ramp: common.batch_ramp.BatchRamp, for a global batch that grows to this one; None: it is the same everywhere.
     Attributes:
         wait_seconds: time the training loop has waited for data so far.
     """
 
-    def __init__(self, rows, objective, seed, batch_size, accumulation, rank, ranks, device, consumed_rows=0):
+    def __init__(
+        self,
+        rows,
+        objective,
+        seed,
+        batch_size,
+        accumulation,
+        rank,
+        ranks,
+        device,
+        consumed_rows=0,
+        total_rows=None,
+        ramp=None,
+    ):
         self.rows, self.objective, self.seed = rows, objective, seed
-        self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
+        self.total_rows = total_rows
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        self.ramp = ramp or BatchRamp(batch_size * accumulation * ranks)
         self.device, self.consumed_rows = device, consumed_rows
         self.wait_seconds = 0.0
 
-    @property
-    def global_batch(self):
-        """Rows in one optimizer step."""
-        return self.batch_size * self.accumulation * self.ranks
+    def next_step(self, consumed_rows):
+        """(rows in the step that begins after so many rows, micro-batches of one process in it)."""
+        size, _ = self.ramp.at(consumed_rows)
+        return size, size // (self.batch_size * self.ranks)
 
     def __iter__(self):
         """Yield (batch, number, tokens): tensors on the device, the micro-batch's number within the global batch, and
@@ -178,25 +223,29 @@ class TrainBatches:
         Many steps are located and many rows built at once: most of what numpy costs, it costs per call.
         """
         first = self.consumed_rows
-        steps = max(1, LOCATED_ROWS // self.global_batch)
         at_once = max(1, BUILT_TOKENS // (self.batch_size * self.rows.seq_length))  # micro-batches
         while True:
-            epoch, row = self.locate(np.arange(first, first + steps * self.global_batch))
+            size, left = self.ramp.at(first)
+            accumulation = size // (self.batch_size * self.ranks)
+            steps = min(max(1, LOCATED_ROWS // size), left)
+            places = np.arange(first, first + steps * size)
+            epoch, row = self.locate(places)
             keys = derive_key(self.seed, epoch, row)
-            weight = self.objective.targets(self.rows, row).reshape(steps, -1).sum(axis=1)
-            tokens = self.rows.real_tokens(row).reshape(steps, -1).sum(axis=1)
-            dealt = (steps * self.accumulation, self.ranks, self.batch_size)
-            row, keys = row.reshape(dealt)[:, self.rank], keys.reshape(dealt)[:, self.rank]  # of this process
-            for begin in range(0, len(row), at_once):
-                part = slice(begin, begin + at_once)
-                built = self.objective.make_batch(self.rows, row[part].ravel(), keys[part].ravel())
+            progress = np.minimum(places / (self.total_rows or np.inf), 1.0)
+            weight = self.objective.targets(self.rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
+            tokens = self.rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
+            dealt = (steps * accumulation, self.ranks, self.batch_size)
+            own = [array.reshape(dealt)[:, self.rank] for array in (row, keys, progress)]  # of this process
+            for begin in range(0, len(own[0]), at_once):
+                built = (array[begin : begin + at_once].ravel() for array in own)
+                built = self.objective.make_batch(self.rows, *built)
                 built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
                 for index in range(len(built["input_ids"])):
-                    step, micro_batch = divmod(begin + index, self.accumulation)
+                    step, micro_batch = divmod(begin + index, accumulation)
                     batch = {name: array[index] for name, array in built.items()}
-                    batch["loss_denominator"] = np.float32(weight[step] / (self.accumulation * self.ranks))
+                    batch["loss_denominator"] = np.float32(weight[step] / (accumulation * self.ranks))
                     yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
-            first += steps * self.global_batch
+            first += steps * size
 
     def locate(self, places):
         """(epoch, row), each [n] int64, for places in the endless sequence of rows."""
@@ -240,7 +289,8 @@ class EvalBatches:
             place = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             row = self.chosen[np.minimum(place, len(self.chosen) - 1)]
             batch = self.objective.make_batch(self.rows, row, derive_key(EVAL_SEED, row))
-            batch[self.objective.weights][place >= len(self.chosen)] = 0
+            for name in {self.objective.weights, "sentence_weights"} & batch.keys():
+                batch[name][place >= len(self.chosen)] = 0
             batch["loss_denominator"] = np.float32(1)
             yield batch
 

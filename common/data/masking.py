@@ -6,7 +6,7 @@ B rows, S tokens in a row, k targets in a row.
 import numpy as np
 
 REPLACED = 8, 1, 10  # of ten 8 become [MASK], 1 a random token, 1 stays as it is (Devlin et al. 2019, section 3.1)
-ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM, RUN_STREAM = range(4)
+ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM, RUN_STREAM, PAIR_STREAM = range(5)
 NOT_TEXT = np.uint32(2**32 - 1)  # above every score
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -43,11 +43,12 @@ def targets_per_row(mlm_probability, seq_length):
     return max(1, round(mlm_probability * seq_length))
 
 
-def choose_tokens(is_text, keys, k):
+def choose_tokens(is_text, keys, k, limits=None):
     """Choose k tokens of each row.
 
     Args:
         is_text: [B, S] bool; keys: [B] uint64, one key for each row; k: targets in a row.
+        limits: [B] int64, up to k: fewer of them; None: k.
     Returns:
         [B, k] uint32 positions, ascending; NOT_TEXT for what a row has too few of.
     """
@@ -55,6 +56,9 @@ def choose_tokens(is_text, keys, k):
     score = _scores(derive_key(keys, CHOICE_STREAM), width)
     score[~is_text] = NOT_TEXT
     lowest = np.partition(score, k - 1, axis=1)[:, :k]
+    if limits is not None:
+        lowest.sort(axis=1)
+        lowest[np.arange(k) >= limits[:, None]] = NOT_TEXT
     chosen = np.where(lowest < NOT_TEXT, lowest & column_bits(width), NOT_TEXT)  # what is not text sorts behind
     chosen.sort(axis=1)
     return chosen

@@ -116,7 +116,11 @@ class DocumentRows:
         frame: Frame.
         seq_length: S.
         cache_folder: where the plan is kept, memory-mapped, for the next run.
+    Attributes:
+        full: whether next to nothing in the rows is padding.
     """
+
+    full = True
 
     def __init__(self, token_file, frame, seq_length, cache_folder):
         self.tokens, self.frame, self.seq_length = np.asarray(token_file.tokens), frame, seq_length
@@ -131,7 +135,7 @@ class DocumentRows:
     def __len__(self):
         return len(self.row_ends)
 
-    def text_tokens(self, rows):
+    def text_tokens(self, rows, _keys=None):
         """[B] int64: tokens of text in each row, special tokens and padding not counted."""
         first, last = self._segment_range(rows)
         return self.row_tokens[rows].astype(np.int64) - self.frame.size * (last - first)
@@ -141,11 +145,11 @@ class DocumentRows:
         first, last = self._segment_range(rows)
         return self.row_tokens[rows].astype(np.int64) - (last - first)
 
-    def real_tokens(self, rows):
+    def real_tokens(self, rows, _keys=None):
         """[B] int64: tokens in each row, special tokens included, padding not."""
         return self.row_tokens[rows].astype(np.int64)
 
-    def build(self, rows):
+    def build(self, rows, _keys=None):
         """The content of some rows.
 
         Args:
@@ -202,6 +206,8 @@ class ConcatenatedRows:
     What is left after the last full row is dropped, as there. Arguments as DocumentRows, without a plan to keep.
     """
 
+    full = True
+
     def __init__(self, token_file, frame, seq_length):
         self.tokens, self.frame, self.seq_length = np.asarray(token_file.tokens), frame, seq_length
         self.starts = np.asarray(token_file.starts)
@@ -212,11 +218,11 @@ class ConcatenatedRows:
     def __len__(self):
         return int(self.stream_starts[-1]) // self.seq_length
 
-    def real_tokens(self, rows):
+    def real_tokens(self, rows, _keys=None):
         """[B] int64: tokens in each row."""
         return np.full(len(rows), self.seq_length)
 
-    def text_tokens(self, rows):
+    def text_tokens(self, rows, _keys=None):
         """[B] int64: tokens of text in each row."""
         first = np.asarray(rows) * self.seq_length
         return self._text_up_to(first + self.seq_length) - self._text_up_to(first)
@@ -225,7 +231,7 @@ class ConcatenatedRows:
         """[B] int64: tokens in each row that another one follows."""
         return np.full(len(rows), self.seq_length - 1)
 
-    def build(self, rows):
+    def build(self, rows, _keys=None):
         """As DocumentRows.build; positions run through the row and document_ids are 1."""
         starts = np.asarray(rows) * self.seq_length  # in the stream
         first = np.searchsorted(self.stream_starts, starts, side="right") - 1

@@ -21,7 +21,7 @@ class SyntheticRows:
     def __len__(self):
         return self.number
 
-    def real_tokens(self, rows):
+    def real_tokens(self, rows, _keys=None):
         """[B] int64: tokens in each row."""
         return np.full(len(rows), self.seq_length)
 
@@ -29,7 +29,7 @@ class SyntheticRows:
         """[B] int64: tokens in each row that another one follows."""
         return np.full(len(rows), self.seq_length - 1)
 
-    def build(self, rows):
+    def build(self, rows, _keys=None):
         """As common.data.packing.DocumentRows.build: one document in each row."""
         keys = np.asarray(rows, np.uint64) + (np.uint64(self.seed) << np.uint64(40))
         even = random_halves(keys, self.seq_length) / 2.0**32

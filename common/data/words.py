@@ -26,7 +26,7 @@ def word_begins(tokenizer):
     return found
 
 
-def choose_words(is_text, begins, keys, k, most):
+def choose_words(is_text, begins, keys, k, most, limits=None):
     """Choose words in random order, each with up to most - 1 that follow it, until k positions are chosen.
 
     A run of n words comes up in proportion to 1/n; one that is too long for what is missing loses words at its end,
@@ -36,6 +36,7 @@ def choose_words(is_text, begins, keys, k, most):
     Args:
         is_text: [B, S] bool; begins: [B, S] bool: tokens that begin a word; text behind what is no text does, too.
         keys: [B] uint64, one key for each row; k: targets in a row; most: words in a run.
+        limits: [B] int64, up to k: fewer targets; None: k.
     Returns:
         [B, k] uint32 positions as choose_tokens gives them: k in each row, or all its text where that is less.
     Source: Megatron-LM's create_masked_lm_predictions (Shoeybi et al. 2019), for all rows at once.
@@ -44,7 +45,8 @@ def choose_words(is_text, begins, keys, k, most):
     order = words.in_order(derive_key(keys, CHOICE_STREAM))
     size = words.run_words(derive_key(keys, RUN_STREAM))
     taken = np.zeros((len(keys), words.most_words + most), bool)
-    room = np.full(len(keys), k)
+    limits = np.full(len(keys), k) if limits is None else limits
+    room = limits.copy()
     row = np.arange(len(keys))
     for rank in range(words.most_words):
         row = row[(room[row] > 0) & (rank < words.counts[row])]
@@ -62,7 +64,7 @@ def choose_words(is_text, begins, keys, k, most):
             taken[row[inside], word[inside] + place] = True
         room[row] -= np.where(free, words.tokens(row, word, number), 0)
     chosen = is_text & np.take_along_axis(taken, words.of_token, axis=1)
-    short = np.flatnonzero(np.minimum(k, is_text.sum(axis=1)) > chosen.sum(axis=1))
+    short = np.flatnonzero(np.minimum(limits, is_text.sum(axis=1)) > chosen.sum(axis=1))
     if len(short):
         rank = np.empty((len(short), words.most_words), np.int64)
         np.put_along_axis(rank, order[short], np.arange(words.most_words)[None], axis=1)

@@ -1,24 +1,28 @@
 """The families that are pretrained: stock transformers classes, with the head and the loss on the masked positions.
 
-B batch, S sequence, k masked positions in a row, H hidden size, V vocabulary.
+B batch, S sequence, k masked positions in a row, n pairs of sentences in a row, H hidden size, V vocabulary.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    AlbertForPreTraining,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
+    MegatronBertForPreTraining,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
 from common.models.attention import compute_dtype
-from common.models.head_loss import head_loss
+from common.models.head_loss import HeadLoss, head_loss
 
 
 class MaskedPositionsMixin:
@@ -40,31 +44,37 @@ class MaskedPositionsMixin:
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
-        mask = mask_of_masked = None
+        hidden = self._encode(masked_positions, document_ids, input_ids, position_ids)
+        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+
+    def _encode(self, wanted, document_ids, *embedded):
+        """The encoder's output at the positions `wanted`, [B, N] int64: [B, N, H]. Args: embedded: as _embed."""
+        mask = mask_of_wanted = None
         if self.packs_documents:
             dtype = compute_dtype(document_ids.device)
             mask = self.document_mask(document_ids, dtype)
-            mask_of_masked = self.document_mask(document_ids, dtype, masked_positions)
-        hidden = self._embed(input_ids, position_ids)  # [B, S, H]
+            mask_of_wanted = self.document_mask(document_ids, dtype, wanted)
+        hidden = self._embed(*embedded)  # [B, S, H]
         *layers, last = self._layers()
         for layer in layers:
             hidden = layer(hidden, mask)
-        hidden = last(hidden, mask_of_masked, masked_positions)  # [B, k, H]
-        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+        hidden = last(hidden, mask_of_wanted, wanted)
+        encoder = self.base_model.encoder
+        return encoder.ln(hidden) if hasattr(encoder, "ln") else hidden  # of the pre-norm family
 
     def _layers(self):
         """The layers in the order in which they are called; one may be there several times."""
         return self.base_model.encoder.layer
 
     def _transform(self, hidden):
-        """What the output embedding is multiplied with. Args: hidden: [B, k, H], of the last layer."""
-        if hasattr(self.base_model.encoder, "ln"):  # of the pre-norm family
-            hidden = self.base_model.encoder.ln(hidden)
+        """What the output embedding is multiplied with. Args: hidden: [B, k, H], of the encoder."""
         return self.cls.predictions.transform(hidden)
 
-    def _embed(self, input_ids, position_ids):
+    def _embed(self, input_ids, position_ids, token_type_ids=None):
         embeddings = self.base_model.embeddings
-        of_place = embeddings.position_embeddings(position_ids) + embeddings.token_type_embeddings.weight[0]
+        types = embeddings.token_type_embeddings
+        of_type = types.weight[0] if token_type_ids is None else types(token_type_ids)
+        of_place = embeddings.position_embeddings(position_ids) + of_type
         hidden = embeddings.word_embeddings(input_ids) + of_place
         if hasattr(embeddings, "LayerNorm"):  # the pre-norm family has it in its layers
             hidden = embeddings.LayerNorm(hidden)
@@ -84,8 +94,8 @@ class RobertaMixin(MaskedPositionsMixin):
 class AlbertMixin(MaskedPositionsMixin):
     """The same for ALBERT: narrow embeddings, and layers that share their parameters."""
 
-    def _embed(self, input_ids, position_ids):
-        return self.base_model.encoder.embedding_hidden_mapping_in(super()._embed(input_ids, position_ids))
+    def _embed(self, *embedded):
+        return self.base_model.encoder.embedding_hidden_mapping_in(super()._embed(*embedded))
 
     def _layers(self):
         groups, layers = self.base_model.encoder.albert_layer_groups, self.config.num_hidden_layers
@@ -97,13 +107,57 @@ class AlbertMixin(MaskedPositionsMixin):
         return head.LayerNorm(head.activation(head.dense(hidden)))
 
 
+class SentencePairsMixin(MaskedPositionsMixin):
+    """Gives a stock model with two heads the same forward pass, and the loss of the head that judges pairs."""
+
+    def forward(self, token_type_ids, cls_positions, sentence_labels, sentence_weights, **masked):
+        """Sum of the losses of a micro-batch, as in Devlin et al. 2019, appendix A.2.
+
+        Args:
+            token_type_ids: [B, S] int64.
+            cls_positions, sentence_labels: [B, n] int64: where each pair begins, and whether B does not follow A.
+            sentence_weights: [B, n] float32: 1 in training.
+            masked: what MaskedPositionsMixin.forward takes.
+        Returns:
+            HeadLoss; outside training with `losses` and `correct`, [B, k], and those of the pairs, [B, n].
+        """
+        pairs = cls_positions.shape[1]
+        wanted = torch.cat([cls_positions, masked["masked_positions"]], dim=1)
+        embedded = masked["input_ids"], masked["position_ids"], token_type_ids
+        hidden = self._encode(wanted, masked["document_ids"], *embedded)
+        at_masked = self._transform(hidden[:, pairs:]).flatten(0, 1)
+        targets = (masked[name] for name in ("masked_labels", "masked_weights", "loss_denominator"))
+        output = head_loss(self, at_masked, *targets)
+        logits = self._judge(hidden[:, :pairs]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), sentence_labels.flatten(), reduction="none")
+        losses = losses.view_as(sentence_weights)
+        loss = output.loss + (losses * sentence_weights).mean()  # every micro-batch has as many pairs
+        if self.training:
+            return HeadLoss(loss=loss)
+        return HeadLoss(loss, output.losses, output.correct, losses, logits.argmax(-1) == sentence_labels)
+
+    def _judge(self, hidden):
+        """Logits of "B follows A" and of "it does not". Args: hidden: [B, n, H]. Returns: [B, n, 2]."""
+        pooler = self.base_model.pooler
+        return self.cls.seq_relationship(pooler.activation(pooler.dense(hidden)))
+
+
+class AlbertPairsMixin(AlbertMixin, SentencePairsMixin):
+    """The same for ALBERT."""
+
+    def _judge(self, hidden):
+        return self.sop_classifier(self.base_model.pooler_activation(self.base_model.pooler(hidden)))
+
+
 class Family(NamedTuple):
     """config: its configuration class; model: the class that is trained; published: what its published models have and
-    its configuration does not by itself."""
+    its configuration does not by itself; pairs: the class with a head that judges pairs of sentences, where there is
+    one."""
 
     config: type
     model: type
     published: dict = {}
+    pairs: type | None = None
 
 
 def _with_masked_positions(mixin, stock):
@@ -112,14 +166,26 @@ def _with_masked_positions(mixin, stock):
 
 
 FAMILIES = {
-    "bert": Family(BertConfig, _with_masked_positions(MaskedPositionsMixin, BertForMaskedLM)),
-    "megatron-bert": Family(MegatronBertConfig, _with_masked_positions(MaskedPositionsMixin, MegatronBertForMaskedLM)),
+    "bert": Family(
+        BertConfig,
+        _with_masked_positions(MaskedPositionsMixin, BertForMaskedLM),
+        pairs=_with_masked_positions(SentencePairsMixin, BertForPreTraining),
+    ),
+    "megatron-bert": Family(
+        MegatronBertConfig,
+        _with_masked_positions(MaskedPositionsMixin, MegatronBertForMaskedLM),
+        pairs=_with_masked_positions(SentencePairsMixin, MegatronBertForPreTraining),
+    ),
     "roberta": Family(
         RobertaConfig,
         _with_masked_positions(RobertaMixin, RobertaForMaskedLM),
         {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
     ),
-    "albert": Family(AlbertConfig, _with_masked_positions(AlbertMixin, AlbertForMaskedLM)),
+    "albert": Family(
+        AlbertConfig,
+        _with_masked_positions(AlbertMixin, AlbertForMaskedLM),
+        pairs=_with_masked_positions(AlbertPairsMixin, AlbertForPreTraining),
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from common.parallel.processes import (
     start_tracker,
 )
 from common.parallel.slicing import check_slices
-from common.parallel.strategies import compiles, describe, loader, make_accelerator, set_batch
+from common.parallel.strategies import compiles, describe, loader, make_accelerator, set_accumulation, set_batch
 
 __all__ = [
     "agree_max",
@@ -43,6 +43,7 @@ __all__ = [
     "raise_together",
     "restarts",
     "seed_dropout",
+    "set_accumulation",
     "set_batch",
     "shut_down",
     "start_tracker",

@@ -14,10 +14,11 @@ class PlainAccelerator(Accelerator):
     Attributes:
         states: the module that turns what this strategy holds into whole tensors and back; see common.parallel.state.
         compiles: whether the model may be compiled as a whole before prepare().
+        averages: whether the weights that a process holds may be exchanged for others between two steps.
     """
 
     states = tensors
-    compiles = True
+    compiles = averages = True
 
     def __init__(self, launch, **settings):
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
@@ -67,4 +68,8 @@ class PlainAccelerator(Accelerator):
 
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
         """As common.parallel.set_batch."""
-        self.gradient_accumulation_steps = accumulation
+        self.set_accumulation(accumulation)
+
+    def set_accumulation(self, accumulation):
+        """As common.parallel.set_accumulation."""
+        self.gradient_accumulation_steps, self.step = accumulation, 0  # it counts from here on

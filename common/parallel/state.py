@@ -32,10 +32,9 @@ def save_training_state(accelerator, model, optimizer, folder):
         folder: Path that exists.
     """
     plain = _at_rest(accelerator, model)
-    weights = _whole_weights(accelerator, plain)
+    save_weights(accelerator, model, folder / WEIGHTS)
     state = accelerator.states.whole_optimizer_state(optimizer.optimizer, _names(plain))
     if accelerator.is_main_process:
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         plain.config.save_pretrained(folder)  # so that from_pretrained can load it, too
         scaler = accelerator.loss_scale_state(optimizer)
         torch.save({**state, "scaler": scaler}, folder / OPTIMIZER)
@@ -48,10 +47,7 @@ def load_training_state(accelerator, model, optimizer, folder):
         UserError: the optimizer keeps something else in its state.
     """
     plain, states = _at_rest(accelerator, model), accelerator.states
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        states.set_whole_weights(plain, file.get_tensor)
-        for name, buffer in _buffers(plain).items():
-            buffer.copy_(file.get_tensor(name))
+    load_weights(accelerator, model, folder / WEIGHTS)
     try:
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -62,6 +58,27 @@ def load_training_state(accelerator, model, optimizer, folder):
     states.set_whole_optimizer_state(optimizer.optimizer, state, _names(plain))
     if state["scaler"]:
         accelerator.set_loss_scale_state(optimizer, state["scaler"])
+
+
+def save_weights(accelerator, model, path):
+    """Write the whole weights. Every process calls it; the main one writes."""
+    weights = _whole_weights(accelerator, _at_rest(accelerator, model))
+    if accelerator.is_main_process:
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_weights(accelerator, model, path):
+    """Give a model the weights that save_weights wrote. Every process calls it."""
+    plain = _at_rest(accelerator, model)
+    with safe_open(path, framework="pt") as file:
+        accelerator.states.set_whole_weights(plain, file.get_tensor)
+        for name, buffer in _buffers(plain).items():
+            buffer.copy_(file.get_tensor(name))
+
+
+def held_weights(accelerator, model):
+    """The parts of the weights that this process holds between two steps; what is written into them stays."""
+    return accelerator.states.held_weights(_at_rest(accelerator, model))
 
 
 def consolidated_weights(accelerator, model):

@@ -95,6 +95,15 @@ def set_batch(accelerator, per_device, accumulation, max_grad_norm):
     accelerator.follow_command_line(per_device, accumulation, max_grad_norm)
 
 
+def set_accumulation(accelerator, accumulation):
+    """Let the next step, and those after it, have another number of micro-batches. Between two steps.
+
+    Args:
+        accumulation: micro-batches of a process in a step, up to that of set_batch.
+    """
+    accelerator.set_accumulation(accumulation)
+
+
 def compiles(accelerator, asked):
     """Whether the model is to be compiled as a whole, before prepare().
 

@@ -77,6 +77,7 @@ class ZeroAccelerator(PlainAccelerator):
             build_extension("deepspeed_shm_comm")  # which DeepSpeed would build in the middle of its start
         elif offloaded:
             build_extension("cpu_adam")
+        self.averages = plugin.zero_stage < 3  # which keeps small parameters twice, cut and whole
         with contextlib.redirect_stdout(io.StringIO()):  # every process would say that its extension was loaded
             Accelerator.__init__(  # without what data parallelism asks for
                 self, mixed_precision=mixed_precision, deepspeed_plugin=plugin, kwargs_handlers=handlers, **settings
@@ -112,6 +113,13 @@ class ZeroAccelerator(PlainAccelerator):
             if config.get(key, "auto") not in ("auto", value):
                 raise UserError(f"the YAML's {key} {config[key]} contradicts {flag}, {value}: remove it from the YAML")
             config[key] = value
+
+    def set_accumulation(self, accumulation):
+        """As PlainAccelerator's; DeepSpeed divides the losses."""
+        super().set_accumulation(accumulation)
+        if self.deepspeed_engine_wrapped:
+            engine = self.deepspeed_engine_wrapped.engine
+            engine.set_train_batch_size(accumulation * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
     def load_pretrained(self, auto_class, name, **options):
         """As PlainAccelerator's; under stage 3 prepare() reads a matrix at a time, where the files let it."""

@@ -56,7 +56,7 @@ REPLACED_FLAGS = {
     "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
 }
 
-MODEL_TYPES = ("bert", "roberta", "albert", "megatron-bert")
+MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "megatron-bert")
 ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
 
 # What may still be chosen when the model is given by its weights.
@@ -74,8 +74,8 @@ class ModelArguments:
 
     model_type: str = HfArg(
         default="bert",
-        help="bert, roberta, albert (layers share their weights), or megatron-bert (= bert with --encoder_ln_mode "
-        "pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert and roberta.",
+        help="bert, roberta, albert (layers share their weights), deberta, deberta-v2 (as v3), or megatron-bert (= "
+        "bert with --encoder_ln_mode pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert and roberta.",
     )
     model_size: str = HfArg(default="mini", help=f"Preset: {', '.join(MODEL_SIZES)}.")
     model_name_or_path: str | None = HfArg(

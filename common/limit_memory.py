@@ -21,6 +21,8 @@ PRESETS = {  # of a model type: its sizes, the smallest first, and a size's shap
     "megatron-bert": (MODEL_SIZES, model_shape),
     "roberta": (MODEL_SIZES, model_shape),
     "albert": (MODEL_SIZES, model_shape),
+    "deberta": (MODEL_SIZES, model_shape),
+    "deberta-v2": (MODEL_SIZES, model_shape),
 }
 
 

@@ -13,7 +13,8 @@ from common.memory_settings import give_back_memory
 
 MASKED_FORMULA = (
     "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
-    "ones, P weights of the L layers; of the last layer only keys and values are needed at all T"
+    "ones, P weights of the L layers; of the last layer only keys and values are needed at all T; with DeBERTa's two "
+    "position scores 24·H·S"
 )
 
 
@@ -37,7 +38,8 @@ def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
     keys_and_values = 2 * width**2
     everywhere = (layers - 1) * layer + keys_and_values
     at_targets = layer - keys_and_values
-    attention = 2 * width * seq_length * (tokens * (layers - 1) + targets)
+    products = 2 + len(getattr(config, "pos_att_type", None) or ())
+    attention = products * width * seq_length * (tokens * (layers - 1) + targets)
     of_words = getattr(config, "embedding_size", width)
     head = of_words * (width + config.vocab_size)
     return layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention) + 6 * targets * head

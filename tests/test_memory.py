@@ -10,6 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     MegatronBertConfig,
@@ -43,6 +45,8 @@ NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
 MASKED = {
     "bert": BertConfig(**SMALL, **NO_DROPOUT, intermediate_size=256),
     "megatron-bert": MegatronBertConfig(**SMALL, **NO_DROPOUT),
+    "deberta": DebertaConfig(**SMALL, **NO_DROPOUT, **FAMILIES["deberta"].published),
+    "deberta-v2": DebertaV2Config(**SMALL, **NO_DROPOUT, **FAMILIES["deberta-v2"].published),
 }
 
 

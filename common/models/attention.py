@@ -61,6 +61,29 @@ AttentionInterface.register("plain", plain_attention)
 AttentionInterface.register("flex_attention", static_flex_attention)
 
 
+def take(hidden, wanted):
+    """Rows of `hidden` [B, S, H] at the positions `wanted` [B, N]: [B, N, H]."""
+    return hidden.gather(1, wanted[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def project(layers, hidden, bias=None):
+    """What linear layers of equal width make of the same input, by one matrix product.
+
+    Args:
+        layers: modules; hidden: [B, S, H].
+        bias: of all of them together, where they have none of their own.
+    Returns:
+        their outputs, as a sequence of tensors.
+    """
+    plain = all(type(layer) is torch.nn.Linear and not hasattr(layer.weight, "device_mesh") for layer in layers)
+    if not plain:  # fp8, or slices: a layer itself knows how to multiply by them
+        outputs = [layer(hidden) for layer in layers]
+        return outputs if bias is None else [output + bias.to(output.dtype) for output in outputs]
+    weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+    bias = torch.cat([layer.bias for layer in layers]) if bias is None else bias
+    return torch.nn.functional.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
+
+
 def same_document_mask(documents, dtype, wanted=None):
     """What to add to the scores in packed rows, so that positions attend to their own document alone.
 

@@ -5,12 +5,17 @@ B batch, S sequence, k masked positions in a row, H hidden size, V vocabulary.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
+    DebertaConfig,
+    DebertaForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
     RobertaConfig,
@@ -18,6 +23,7 @@ from transformers import (
 )
 
 from common.models.attention import compute_dtype
+from common.models.disentangled import Relative, encode, relative_positions
 from common.models.head_loss import head_loss
 
 
@@ -40,17 +46,24 @@ class MaskedPositionsMixin:
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
-        mask = mask_of_masked = None
-        if self.packs_documents:
-            dtype = compute_dtype(document_ids.device)
-            mask = self.document_mask(document_ids, dtype)
-            mask_of_masked = self.document_mask(document_ids, dtype, masked_positions)
+        contexts = self._contexts(document_ids, masked_positions)
         hidden = self._embed(input_ids, position_ids)  # [B, S, H]
+        hidden = self._encode(hidden, contexts, document_ids, masked_positions)  # [B, k, H]
+        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+
+    def _contexts(self, document_ids, wanted):
+        """What layers take beside their input: where all positions attend, and where those `wanted` [B, k] do."""
+        if not self.packs_documents:
+            return None, None
+        dtype = compute_dtype(document_ids.device)
+        return self.document_mask(document_ids, dtype), self.document_mask(document_ids, dtype, wanted)
+
+    def _encode(self, hidden, contexts, document_ids, wanted):
+        """Output of the last layer [B, k, H] at the positions `wanted`, from the embeddings [B, S, H]."""
         *layers, last = self._layers()
         for layer in layers:
-            hidden = layer(hidden, mask)
-        hidden = last(hidden, mask_of_masked, masked_positions)  # [B, k, H]
-        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+            hidden = layer(hidden, contexts[0])
+        return last(hidden, contexts[1], wanted)
 
     def _layers(self):
         """The layers in the order in which they are called; one may be there several times."""
@@ -97,19 +110,43 @@ class AlbertMixin(MaskedPositionsMixin):
         return head.LayerNorm(head.activation(head.dense(hidden)))
 
 
+class DebertaMixin(MaskedPositionsMixin):
+    """The same for DeBERTa: relative positions in every layer; the embeddings have what the configuration says."""
+
+    def _contexts(self, document_ids, wanted):
+        relative = relative_positions(self.base_model.encoder, document_ids.shape[1], document_ids.device)
+        return [Relative(mask, *relative) for mask in super()._contexts(document_ids, wanted)]
+
+    def _encode(self, hidden, contexts, document_ids, wanted):
+        documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
+        return encode(self.base_model.encoder, hidden, contexts, documents, wanted)
+
+    def _embed(self, input_ids, position_ids):
+        return self.base_model.embeddings(input_ids=input_ids, position_ids=position_ids)
+
+
 class Family(NamedTuple):
     """config: its configuration class; model: the class that is trained; published: what its published models have and
-    its configuration does not by itself."""
+    its configuration does not by itself; renamed: names of weights in some checkpoints, and what they are here."""
 
     config: type
     model: type
     published: dict = {}
+    renamed: dict = {}
 
 
 def _with_masked_positions(mixin, stock):
     # The same class name, because save_pretrained writes it into config.json.
     return type(stock.__name__, (mixin, stock), {"__module__": __name__})
 
+
+DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["c2p", "p2c"]}
+DEBERTA_V3 = {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+# DeBERTa's own head has the shape of the one that transformers calls legacy, under other names
+DEBERTA_HEAD = {
+    r"^lm_predictions\.lm_head\.(dense|LayerNorm)": r"cls.predictions.transform.\1",
+    r"^lm_predictions\.lm_head\.bias": "cls.predictions.bias",
+}
 
 FAMILIES = {
     "bert": Family(BertConfig, _with_masked_positions(MaskedPositionsMixin, BertForMaskedLM)),
@@ -120,6 +157,13 @@ FAMILIES = {
         {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
     ),
     "albert": Family(AlbertConfig, _with_masked_positions(AlbertMixin, AlbertForMaskedLM)),
+    "deberta": Family(DebertaConfig, _with_masked_positions(DebertaMixin, DebertaForMaskedLM), DEBERTA, DEBERTA_HEAD),
+    "deberta-v2": Family(
+        DebertaV2Config,
+        _with_masked_positions(DebertaMixin, DebertaV2ForMaskedLM),
+        DEBERTA | DEBERTA_V3,
+        DEBERTA_HEAD,
+    ),
 }
 
 
@@ -131,3 +175,13 @@ def first_position(config):
 def positions(config):
     """How many tokens a model of this configuration can read."""
     return config.max_position_embeddings - first_position(config)
+
+
+def has_position_scores(config):
+    """Whether attention adds scores with a gradient of their own, which not every path takes."""
+    return getattr(config, "relative_attention", False)
+
+
+def has_unknown_parts(config):
+    """Whether a configuration asks for what no forward pass here computes: no published model does."""
+    return bool(getattr(config, "talking_head", False)) or getattr(config, "conv_groups", 1) != 1

@@ -141,9 +141,9 @@ def _trace(config, layers, seq_length, **shape):
         config.layer_types = config.layer_types[:layers]
     config.num_hidden_layers = layers
     config.use_cache = False
-    one, two = (_kept_bytes(config, rows, seq_length, **shape) for rows in (1, 2))
-    growth = [after - before for before, after in zip(one, two, strict=True)]
-    fixed = sum(size for size, more in zip(one, growth, strict=True) if not more)
+    two, three = (_kept_bytes(config, rows, seq_length, **shape) for rows in (2, 3))  # of one, some are not copied
+    growth = [after - before for before, after in zip(two, three, strict=True)]
+    fixed = sum(size for size, more in zip(two, growth, strict=True) if not more)
     return {"kept": sum(growth), "widest": max(growth), "copies": fixed}
 
 

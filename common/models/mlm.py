@@ -6,7 +6,8 @@ from transformers import AutoConfig
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
-from common.models.families import FAMILIES, first_position, positions
+from common.models.attention_choice import FLEX
+from common.models.families import FAMILIES, first_position, has_position_scores, has_unknown_parts, positions
 from common.models.layers import make_fast, use_attention
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
@@ -54,6 +55,11 @@ def build_mlm_model(model_args, data_args, tokenizer):
         raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
     if (longest := positions(model.config)) < max_seq_length:
         raise UserError(f"--max_seq_length {max_seq_length} is above the model's {longest} positions: {remedy}")
+    if model_args.attn_implementation == FLEX and has_position_scores(model.config):
+        raise UserError(
+            f"--attn_implementation {FLEX} has no place for a {model.config.model_type}'s position scores: "
+            "give auto, plain or sdpa"
+        )
     make_fast(model)
     use_attention(model, "sdpa")
     model.packs_documents = data_args.packing == "documents"
@@ -66,11 +72,19 @@ def _load(model_args):
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         if config.model_type not in FAMILIES:
             raise UserError(f"{where} is a {config.model_type}: known are {', '.join(FAMILIES)}")
-        model_class = FAMILIES[config.model_type].model
+        if has_unknown_parts(config):
+            raise UserError(f"{where} has talking heads or a grouped convolution, which are not trained: give another")
+        family = FAMILIES[config.model_type]
         config.hidden_dropout_prob = model_args.hidden_dropout_prob
         config.attention_probs_dropout_prob = model_args.attention_probs_dropout_prob
-        model, info = model_class.from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+        if family.renamed:
+            config.legacy = True
+        model, info = family.model.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            key_mapping=family.renamed or None,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         fault = first_line(error)

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MegatronBertConfig,
     MixtralConfig,
+    ModernBertConfig,
     OPTConfig,
 )
 
@@ -47,6 +48,7 @@ MASKED = {
     "megatron-bert": MegatronBertConfig(**SMALL, **NO_DROPOUT),
     "deberta": DebertaConfig(**SMALL, **NO_DROPOUT, **FAMILIES["deberta"].published),
     "deberta-v2": DebertaV2Config(**SMALL, **NO_DROPOUT, **FAMILIES["deberta-v2"].published),
+    "modernbert": ModernBertConfig(**{**SMALL, **FAMILIES["modernbert"].published}, pad_token_id=0, local_attention=8),
 }
 
 

@@ -24,7 +24,7 @@ from common.models.mlm import build_mlm_model
 VOCABULARY = 300
 B, S = 6, 24
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-FAMILIES = ["post-ln", "pre-ln", "roberta", "albert", "deberta", "deberta-v2"]
+FAMILIES = ["post-ln", "pre-ln", "roberta", "albert", "deberta", "deberta-v2", "modernbert"]
 
 
 class Tokenizer:
@@ -109,6 +109,7 @@ def test_loss_and_gradient_equal_stock_transformers(mode, attention, tmp_path):
 
 # Existing models that are not as those we start from random weights.
 RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 EXISTING = {
     "bert": ("bert", {}),
     "megatron-bert": ("megatron-bert", {}),
@@ -124,6 +125,9 @@ EXISTING = {
         {**RELATIVE, "position_buckets": 4, "max_relative_positions": 12, "norm_rel_ebd": "layer_norm"},
     ),
     "deberta-v2, convolution": ("deberta-v2", {**RELATIVE, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "modernbert, biases": ("modernbert", {**NO_TOKENS, "attention_bias": True, "mlp_bias": True, "norm_bias": True}),
+    "modernbert, a window": ("modernbert", {**NO_TOKENS, "local_attention": 6, "num_hidden_layers": 3}),
+    "modernbert, the window last": ("modernbert", {**NO_TOKENS, "local_attention": 2}),
     "deberta-v2, positions to contents": ("deberta-v2", {"relative_attention": True, "pos_att_type": ["p2c"]}),
 }
 
@@ -132,7 +136,7 @@ EXISTING = {
 def test_existing_weights_give_the_loss_and_gradient_of_stock_transformers(name, tmp_path):
     family, changes = EXISTING[name]
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **SHAPE, **still, **changes)
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **{**SHAPE, **still, **changes})
     torch.manual_seed(0)
     stock = AutoModelForMaskedLM.from_config(config).train()
     with torch.no_grad():
@@ -179,13 +183,14 @@ def test_concatenated_rows_see_everything():
         assert (model(**packed.batch).losses != before).all()
 
 
-def test_bf16_attention_is_no_further_from_fp32_than_stock_bf16():
+@pytest.mark.parametrize("mode", FAMILIES)
+def test_both_paths_in_bf16_are_near_fp32(mode):
     packed = packed_batch()
-    exact = build(attention="sdpa").train()(**packed.batch).loss.item()
+    exact = build(mode, attention="sdpa").train()(**packed.batch).loss.item()
     errors = {}
     for attention in ("plain", "sdpa"):
         with torch.autocast("cpu", torch.bfloat16):
-            errors[attention] = abs(build(attention=attention).train()(**packed.batch).loss.item() - exact)
+            errors[attention] = abs(build(mode, attention=attention).train()(**packed.batch).loss.item() - exact)
     assert errors["plain"] < max(2 * errors["sdpa"], 1e-3) and max(errors.values()) < 0.02
 
 

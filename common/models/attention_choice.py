@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from common.errors import UserError, first_line
 from common.hardware import AUTOCAST
 from common.models.attention import MASKS, same_document_mask
-from common.models.families import has_position_scores
+from common.models.families import attention_dropout, has_position_scores
 
 FLEX = "flex_attention"  # made by a compiler for each device and shape, so never taken without a look at what it does
 MEASUREMENTS = 4  # of each path; the first one may warm up
@@ -90,7 +90,7 @@ class AttentionTrial:
 
     def candidates(self):
         """The paths that may be the fastest here."""
-        flex = self.packed and self.device.type == "cuda" and not self.config.attention_probs_dropout_prob
+        flex = self.packed and self.device.type == "cuda" and not attention_dropout(self.config)
         flex = flex and self.position_scores is None
         return ["sdpa", "plain", *[FLEX] * flex]
 

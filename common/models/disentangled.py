@@ -70,10 +70,10 @@ def attend_disentangled(attention, path, hidden, relative, wanted):
         embeddings = attention.pos_dropout(relative.embeddings)
         of_keys, of_queries = _position_layers(attention)
         if "c2p" in kinds:
-            scores = _against(query, of_keys(embeddings[relative.of_keys]), scaling)
+            scores = _against(query, of_keys(F.embedding(relative.of_keys, embeddings)), scaling)
             bias = _add(bias, _by_key(scores, wanted))
         if "p2c" in kinds:
-            scores = _against(key, of_queries(embeddings[relative.of_queries]), scaling)
+            scores = _against(key, of_queries(F.embedding(relative.of_queries, embeddings)), scaling)
             bias = _add(bias, _by_query(scores, wanted))
     dropout = attention.dropout.p if attention.training else 0.0
     output, _ = path(attention, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False)

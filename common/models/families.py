@@ -18,6 +18,8 @@ from transformers import (
     DebertaV2ForMaskedLM,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -25,6 +27,7 @@ from transformers import (
 from common.models.attention import compute_dtype
 from common.models.disentangled import Relative, encode, relative_positions
 from common.models.head_loss import head_loss
+from common.models.rotary import Turned
 
 
 class MaskedPositionsMixin:
@@ -46,12 +49,12 @@ class MaskedPositionsMixin:
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
-        contexts = self._contexts(document_ids, masked_positions)
+        contexts = self._contexts(document_ids, position_ids, masked_positions)
         hidden = self._embed(input_ids, position_ids)  # [B, S, H]
         hidden = self._encode(hidden, contexts, document_ids, masked_positions)  # [B, k, H]
         return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
 
-    def _contexts(self, document_ids, wanted):
+    def _contexts(self, document_ids, position_ids, wanted):
         """What layers take beside their input: where all positions attend, and where those `wanted` [B, k] do."""
         if not self.packs_documents:
             return None, None
@@ -113,9 +116,9 @@ class AlbertMixin(MaskedPositionsMixin):
 class DebertaMixin(MaskedPositionsMixin):
     """The same for DeBERTa: relative positions in every layer; the embeddings have what the configuration says."""
 
-    def _contexts(self, document_ids, wanted):
+    def _contexts(self, document_ids, position_ids, wanted):
         relative = relative_positions(self.base_model.encoder, document_ids.shape[1], document_ids.device)
-        return [Relative(mask, *relative) for mask in super()._contexts(document_ids, wanted)]
+        return [Relative(mask, *relative) for mask in super()._contexts(document_ids, position_ids, wanted)]
 
     def _encode(self, hidden, contexts, document_ids, wanted):
         documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
@@ -125,14 +128,51 @@ class DebertaMixin(MaskedPositionsMixin):
         return self.base_model.embeddings(input_ids=input_ids, position_ids=position_ids)
 
 
+class ModernBertMixin(MaskedPositionsMixin):
+    """The same for ModernBERT: positions are in the layers, most of which see no further than a window."""
+
+    def _contexts(self, document_ids, position_ids, wanted):
+        everywhere = self._masks(document_ids, wanted)
+        near = self._masks(document_ids, wanted, self.config.sliding_window)
+        numbers = torch.empty(0, device=document_ids.device)  # says in which precision, and where
+        rotary = self.base_model.rotary_emb
+        angles = {kind: rotary(numbers, position_ids, kind) for kind in rotary.layer_types}
+        masks = {"full_attention": everywhere, "sliding_attention": near}
+        return [{kind: Turned(masks[kind][which], *angles[kind]) for kind in angles} for which in range(2)]
+
+    def _masks(self, document_ids, wanted, window=None):
+        """Those of all positions and of the wanted, as super()._contexts where a window does not matter."""
+        if window is None or window >= document_ids.shape[1] - 1:
+            return super()._contexts(document_ids, None, wanted)
+        documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
+        dtype = compute_dtype(document_ids.device)
+        return [self.document_mask(documents, dtype, places, window) for places in (None, wanted)]
+
+    def _embed(self, input_ids, position_ids):
+        return self.base_model.embeddings(input_ids)
+
+    def _layers(self):
+        return self.base_model.layers
+
+    def _transform(self, hidden):
+        return self.head(self.base_model.final_norm(hidden))
+
+
 class Family(NamedTuple):
     """config: its configuration class; model: the class that is trained; published: what its published models have and
-    its configuration does not by itself; renamed: names of weights in some checkpoints, and what they are here."""
+    its configuration does not by itself; renamed: names of weights in some checkpoints, and what they are here;
+    settings: of its configuration, by BERT's names for them."""
 
     config: type
     model: type
     published: dict = {}
     renamed: dict = {}
+    settings: dict = {}
+
+    def translate(self, **settings):
+        """Settings by BERT's names as this family's configuration takes them."""
+        named = ((name, value) for given, value in settings.items() for name in self.settings.get(given, (given,)))
+        return dict(named)
 
 
 def _with_masked_positions(mixin, stock):
@@ -147,6 +187,13 @@ DEBERTA_HEAD = {
     r"^lm_predictions\.lm_head\.(dense|LayerNorm)": r"cls.predictions.transform.\1",
     r"^lm_predictions\.lm_head\.bias": "cls.predictions.bias",
 }
+
+MODERNBERT_SETTINGS = {
+    "hidden_act": ("hidden_activation",),
+    "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
+    "attention_probs_dropout_prob": ("attention_dropout",),
+}
+NO_SPECIAL_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 
 FAMILIES = {
     "bert": Family(BertConfig, _with_masked_positions(MaskedPositionsMixin, BertForMaskedLM)),
@@ -163,6 +210,12 @@ FAMILIES = {
         _with_masked_positions(DebertaMixin, DebertaV2ForMaskedLM),
         DEBERTA | DEBERTA_V3,
         DEBERTA_HEAD,
+    ),
+    "modernbert": Family(
+        ModernBertConfig,
+        _with_masked_positions(ModernBertMixin, ModernBertForMaskedLM),
+        NO_SPECIAL_TOKENS,
+        settings=MODERNBERT_SETTINGS,
     ),
 }
 
@@ -185,3 +238,9 @@ def has_position_scores(config):
 def has_unknown_parts(config):
     """Whether a configuration asks for what no forward pass here computes: no published model does."""
     return bool(getattr(config, "talking_head", False)) or getattr(config, "conv_groups", 1) != 1
+
+
+def attention_dropout(config):
+    """The probability, under whichever name its family has."""
+    (name,) = FAMILIES[config.model_type].translate(attention_probs_dropout_prob=None)
+    return getattr(config, name)

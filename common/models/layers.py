@@ -13,10 +13,12 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.deberta.modeling_deberta import DebertaLayer, DebertaLayerNorm
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
 from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from common.models.attention import MASKS, project, take
 from common.models.disentangled import attend_disentangled
+from common.models.rotary import attend_rotary
 
 
 def attend(attention, path, hidden, mask, wanted):
@@ -98,6 +100,18 @@ class FusedLayerNorm(DebertaLayerNorm):
         return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.variance_epsilon)
 
 
+class RotaryLayer(ModernBertEncoderLayer):
+    """A ModernBertEncoderLayer whose forward computes what pretraining needs; its mask is a Turned by layer type."""
+
+    def forward(self, hidden, mask=None, wanted=None):
+        """As PostNormMixin.forward."""
+        residual = hidden if wanted is None else take(hidden, wanted)
+        turned = mask[self.attention_type]
+        hidden = attend_rotary(self.attn, self.attention_path, self.attn_norm(hidden), turned, wanted)
+        hidden = residual + self.attn.out_drop(self.attn.Wo(hidden))
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
 class SharedLayer(AlbertLayer):
     """An AlbertLayer whose forward computes what pretraining needs; it is called several times."""
 
@@ -118,12 +132,15 @@ FAST = {
     DebertaLayer: DisentangledLayer,
     DebertaLayerNorm: FusedLayerNorm,
     DebertaV2Layer: DisentangledV2Layer,
+    ModernBertEncoderLayer: RotaryLayer,
 }
 
 
 def encoder_layers(model):
     """The layers of a stock model, each once."""
-    encoder = model.base_model.encoder
+    encoder = getattr(model.base_model, "encoder", None)
+    if encoder is None:
+        return list(model.base_model.layers)
     if hasattr(encoder, "albert_layer_groups"):
         return [layer for group in encoder.albert_layer_groups for layer in group.albert_layers]
     return list(encoder.layer)

@@ -1,5 +1,7 @@
 """A masked-language model as the flags describe it, with random weights or from existing ones."""
 
+import math
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -9,8 +11,10 @@ from common.errors import UserError, first_line
 from common.models.attention_choice import FLEX
 from common.models.families import FAMILIES, first_position, has_position_scores, has_unknown_parts, positions
 from common.models.layers import make_fast, use_attention
+from common.models.presets import MEGATRON_SIZES, deviation
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
+MEGATRON_NORMS = {"layer_norm_eps": 1e-5}
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
 
 
@@ -32,16 +36,16 @@ def build_mlm_model(model_args, data_args, tokenizer):
         model = _load(model_args)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
     else:
-        family = FAMILIES["megatron-bert" if model_args.encoder_ln_mode == "pre-ln" else model_args.model_type]
+        family = FAMILIES[model_args.family]
+        of_megatron = model_args.family == "megatron-bert" and model_args.model_size in MEGATRON_SIZES
         vocab_size = model_args.vocab_size or -(-vocabulary_size(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         config = family.config(
             vocab_size=vocab_size,
-            hidden_act=model_args.hidden_act,
-            hidden_dropout_prob=model_args.hidden_dropout_prob,
-            attention_probs_dropout_prob=model_args.attention_probs_dropout_prob,
-            initializer_range=model_args.initializer_range,
+            **family.translate(hidden_act=model_args.hidden_act, **_dropout(model_args)),
+            initializer_range=model_args.initializer_range or deviation(model_args.model_size),
             pad_token_id=tokenizer.pad_token_id,
             **family.published,
+            **(MEGATRON_NORMS if of_megatron else {}),
             **model_args.shape,
         )
         wanted = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
@@ -50,6 +54,8 @@ def build_mlm_model(model_args, data_args, tokenizer):
             model = family.model(config)
         except KeyError as error:
             raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
+        if of_megatron:
+            _shrink_last_projections(model)
         remedy = "give at least that many, or drop the flag"
     if model.config.vocab_size < (needed := vocabulary_size(tokenizer)):
         raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
@@ -75,8 +81,7 @@ def _load(model_args):
         if has_unknown_parts(config):
             raise UserError(f"{where} has talking heads or a grouped convolution, which are not trained: give another")
         family = FAMILIES[config.model_type]
-        config.hidden_dropout_prob = model_args.hidden_dropout_prob
-        config.attention_probs_dropout_prob = model_args.attention_probs_dropout_prob
+        config.update(family.translate(**_dropout(model_args)))
         if family.renamed:
             config.legacy = True
         model, info = family.model.from_pretrained(
@@ -92,3 +97,16 @@ def _load(model_args):
     if info["missing_keys"]:
         raise UserError(f"{where} lacks {sorted(info['missing_keys'])[0]}: is it a masked-language model?")
     return model
+
+
+def _dropout(model_args):
+    return {name: getattr(model_args, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+
+
+@torch.no_grad()
+def _shrink_last_projections(model):
+    """Megatron's initialisation: what ends a block is smaller by sqrt(2 L), as each of L layers adds two of them to
+    its input. Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 5.1."""
+    for layer in model.base_model.encoder.layer:
+        for last in (layer.attention.output.dense, layer.output.dense):
+            last.weight /= math.sqrt(2 * model.config.num_hidden_layers)

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
-from common.models.presets import MODEL_SIZES, model_shape
+from common.models.presets import DEVIATION, MEGATRON_SIZES, MODEL_SIZES, SIZES_BY_TYPE, deviation, model_shape
 from common.parallel import launched_engine
 from common.training_arguments import TextArguments, TrainingArguments, check_text, check_training
 
@@ -56,7 +56,7 @@ REPLACED_FLAGS = {
     "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
 }
 
-MODEL_TYPES = ("bert", "roberta", "albert", "megatron-bert")
+MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert", "megatron-bert")
 ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
 
 # What may still be chosen when the model is given by its weights.
@@ -74,10 +74,15 @@ class ModelArguments:
 
     model_type: str = HfArg(
         default="bert",
-        help="bert, roberta, albert (layers share their weights), or megatron-bert (= bert with --encoder_ln_mode "
-        "pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert and roberta.",
+        help="bert, roberta, albert (layers share their weights), deberta, deberta-v2 (as v3), modernbert, or "
+        "megatron-bert (= bert with --encoder_ln_mode pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert "
+        "and roberta.",
     )
-    model_size: str = HfArg(default="mini", help=f"Preset: {', '.join(MODEL_SIZES)}.")
+    model_size: str = HfArg(
+        default="mini",
+        help=f"Preset: {', '.join(MODEL_SIZES)}; of some types also xsmall, xlarge, xxlarge; 17m, 32m and 68m of "
+        f"modernbert; {', '.join(MEGATRON_SIZES)} of megatron-bert, with Megatron's initialisation.",
+    )
     model_name_or_path: str | None = HfArg(
         default=None, help="Continue from these weights (hub name or folder) instead of random ones."
     )
@@ -97,7 +102,9 @@ class ModelArguments:
     vocab_size: int | None = HfArg(
         default=None, help="Rows of the embedding (the tokenizer's size rounded up to a multiple of 64)."
     )
-    initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
+    initializer_range: float | None = HfArg(
+        default=None, help=f"Standard deviation of the initial weights (the preset's, mostly {DEVIATION})."
+    )
     init_output_bias: str = HfArg(
         default="unigram",
         help="unigram: an untrained model answers with the training text's token frequencies; or zeros, as in BERT.",
@@ -111,7 +118,13 @@ class ModelArguments:
     def shape(self):
         """Layers, width, heads and feed-forward width, by their names in a transformers configuration."""
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-        return model_shape(self.model_size, **{name: getattr(self, name) for name in names})
+        changes = {name: getattr(self, name) for name in names}
+        return model_shape(self.model_size, **changes, model_type=self.family)
+
+    @property
+    def family(self):
+        """The family that is trained: --encoder_ln_mode may have made another of bert."""
+        return "megatron-bert" if self.encoder_ln_mode == "pre-ln" else self.model_type
 
 
 @dataclass
@@ -217,7 +230,7 @@ def _check_model(model, data, defaults):
         if (model.encoder_ln_mode == "pre-ln") != (model.model_type == "megatron-bert"):
             mode = f"--encoder_ln_mode {model.encoder_ln_mode}"
             raise UserError(f"--model_type {model.model_type} contradicts {mode}: drop one of them")
-    one_of("model_size", model.model_size, list(MODEL_SIZES))
+    one_of("model_size", model.model_size, list(SIZES_BY_TYPE[model.family]), note=f" (of {model.family})")
     one_of("init_output_bias", model.init_output_bias, ["unigram", "zeros"])
     one_of("attn_implementation", model.attn_implementation, ["auto", "plain", "sdpa", "flex_attention"])
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -229,6 +242,8 @@ def _check_model(model, data, defaults):
             if changed and field_.name not in FREE_WITH_WEIGHTS:
                 raise UserError(f"--{field_.name} contradicts --model_name_or_path: the weights fix it; drop one")
     positive(model, "initializer_range")
+    if model.initializer_range is None:
+        model.initializer_range = deviation(model.model_size)
     if model.encoder_ln_mode is None:
         model.encoder_ln_mode = "pre-ln" if model.model_type == "megatron-bert" else "post-ln"
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

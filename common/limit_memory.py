@@ -1,6 +1,5 @@
 """The memory cap: what would fit below it, said before a run, and the cap in force during one."""
 
-import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,18 +8,14 @@ import torch
 
 from common.errors import UserError
 from common.memory import GB, estimate
-from common.models.presets import MODEL_SIZES, OPT_SIZES, model_shape, opt_shape
+from common.models.presets import OPT_SIZES, SIZES_BY_TYPE, model_shape, opt_shape
 from common.parallel.configs import single_machine_configs
 from common.parallel.slicing import slicing_fault
 from common.utilisation import peak_resident_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
-PRESETS = {  # of a model type: its sizes, the smallest first, and a size's shape
-    "opt": (OPT_SIZES, opt_shape),
-    "bert": (MODEL_SIZES, model_shape),
-    "megatron-bert": (MODEL_SIZES, model_shape),
-    "roberta": (MODEL_SIZES, model_shape),
-    "albert": (MODEL_SIZES, model_shape),
+PRESETS = {"opt": (OPT_SIZES, opt_shape)} | {  # of a model type: its sizes, and a size's shape
+    kind: (sizes, partial(model_shape, model_type=kind)) for kind, sizes in SIZES_BY_TYPE.items()
 }
 
 
@@ -80,11 +75,16 @@ def _remedies(workload, configs):
 def _smaller_models(config):
     """The presets of this model's type that are smaller than it, the largest first: (size, configuration)."""
     sizes, shape_of = PRESETS.get(config.model_type, ({}, None))
-    for size, (layers, hidden, *_) in reversed(sizes.items()):
+    for size, (layers, hidden, *_) in sorted(sizes.items(), key=_matrices, reverse=True):
         if layers * hidden**2 < config.num_hidden_layers * config.hidden_size**2:
-            smaller = copy.deepcopy(config)
-            smaller.update(shape_of(size) | {"vocab_size": config.vocab_size})
-            yield size, smaller
+            values = config.to_dict() | shape_of(size) | {"vocab_size": config.vocab_size}
+            values.pop("layer_types", None)  # which follow from their number
+            yield size, type(config).from_dict(values)
+
+
+def _matrices(item):
+    _, (layers, hidden, *_) = item
+    return layers * hidden**2
 
 
 def set_memory_cap(cap_gb, device):

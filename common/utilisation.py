@@ -13,7 +13,8 @@ from common.memory_settings import give_back_memory
 
 MASKED_FORMULA = (
     "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
-    "ones, P weights of the L layers; of the last layer only keys and values are needed at all T"
+    "ones, P weights of the L layers; of the last layer only keys and values are needed at all T; with DeBERTa's two "
+    "position scores 24·H·S; in ModernBERT's local layers S is the window"
 )
 
 
@@ -33,11 +34,16 @@ def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
         scores and sums as in Chowdhery et al. 2022, appendix B.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
-    layer = 4 * width**2 + 2 * width * config.intermediate_size
+    in_feed_forward = 3 if config.model_type == "modernbert" else 2  # matrices: its gate is one more
+    layer = 4 * width**2 + in_feed_forward * width * config.intermediate_size
     keys_and_values = 2 * width**2
     everywhere = (layers - 1) * layer + keys_and_values
     at_targets = layer - keys_and_values
-    attention = 2 * width * seq_length * (tokens * (layers - 1) + targets)
+    products = 2 + len(getattr(config, "pos_att_type", None) or ())
+    reach = min(seq_length, 2 * getattr(config, "sliding_window", seq_length) + 1)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    *lengths, last = (reach if kind == "sliding_attention" else seq_length for kind in kinds)
+    attention = products * width * (tokens * sum(lengths) + targets * last)
     of_words = getattr(config, "embedding_size", width)
     head = of_words * (width + config.vocab_size)
     return layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention) + 6 * targets * head

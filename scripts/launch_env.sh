@@ -78,6 +78,17 @@ choose_precision() {
     fi
 }
 
+# name_data data   Adds to flags what names the text: embedded, token files, text files, or a dataset on the hub.
+name_data() {
+    local data=$1
+    # where none are, the error names them
+    local looks_like_files='^\.{0,2}/|/$|[*?[]|\.(txt|json|jsonl|parquet|gz|bz2|xz|zst)$'
+    if [[ $data == embedded ]]; then :
+    elif [[ -f $data.bin || -f $data/train.bin ]]; then flags+=(--dataset_path "$data")
+    elif [[ -e $data || $data =~ $looks_like_files ]]; then flags+=(--train_file "$data")
+    else flags+=(--dataset_name "$data"); fi
+}
+
 # accelerate would give a worker one thread, or say that it chose for us; its flag for it is not DeepSpeed's.
 choose_threads() {
     local cores physical

@@ -3,8 +3,8 @@
 # Usage: bash scripts/run_pretraining.sh [accelerate-config] [hours] [model] [data] [extra flags...]
 #   accelerate-config   a name in accelerate_configs/, or a file   (default: what fits the machine)
 #   hours               the budget                                 (default: 0.0833, five minutes)
-#   model               tiny mini small medium base large, or weights to continue from: folder or hub name
-#                                                                  (default: mini, 4 layers of 256)
+#   model               tiny mini small medium base large, or another size of its --model_type (xlarge, 1.3b ...), or
+#                       weights to continue from: folder or hub name   (default: mini, 4 layers of 256)
 #   data                embedded (documentation of the installed Python packages), a text file, folder or quoted glob,
 #                       prepared token files, or a dataset on the hub   (default: embedded)
 #   extra flags         any flag of run_pretraining.py (--help lists them); the first argument that begins with - ends
@@ -39,16 +39,9 @@ choose_threads
 
 flags=()
 [[ -n ${positional[1]:-} ]] && flags+=(--total_training_time "${positional[1]}")
-case "${positional[2]:-}" in
-    "") ;;
-    tiny | mini | small | medium | base | large) flags+=(--model_size "${positional[2]}") ;;
-    *) flags+=(--model_name_or_path "${positional[2]}") ;;
-esac
-data=${positional[3]:-embedded}
-looks_like_files='^\.{0,2}/|/$|[*?[]|\.(txt|json|jsonl|parquet|gz|bz2|xz|zst)$' # where none are, the error names them
-if [[ $data == embedded ]]; then :
-elif [[ -f $data.bin || -f $data/train.bin ]]; then flags+=(--dataset_path "$data")
-elif [[ -e $data || $data =~ $looks_like_files ]]; then flags+=(--train_file "$data")
-else flags+=(--dataset_name "$data"); fi
+model=${positional[2]:-}
+if [[ $model =~ ^(tiny|mini|x?small|medium|base|(x{0,2})large|[0-9.]+[mb])$ ]]; then flags+=(--model_size "$model")
+elif [[ -n $model ]]; then flags+=(--model_name_or_path "$model"); fi
+name_data "${positional[3]:-embedded}"
 
 check_then_launch run_pretraining.py ${flags[@]+"${flags[@]}"} "$@"

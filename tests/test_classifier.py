@@ -4,21 +4,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, MegatronBertConfig, RobertaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from common.data.glue import TASKS
-from common.models.classifier import FirstPositionMixin, build_classifier
+from common.models.classifier import FAST, build_classifier
 from common.models.layers import use_attention
 
 B, S, VOCABULARY = 6, 24, 300
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 SHAPE |= {"initializer_range": 0.2}  # large, so that attention and dropout show in the loss
-FAMILIES = {"bert": BertConfig, "megatron-bert": MegatronBertConfig, "roberta": RobertaConfig}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+OF_V3 = {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+FAMILIES = {
+    "bert": {},
+    "megatron-bert": {},
+    "roberta": {},
+    "deberta": RELATIVE,
+    "deberta-v2": {**RELATIVE, **OF_V3, "conv_kernel_size": 3, "conv_act": "gelu"},
+}
 
 
 def build(family, task, folder, **changes):
     """Our classifier and the stock one that its saved weights give."""
-    config = FAMILIES[family](vocab_size=VOCABULARY, pad_token_id=0, **SHAPE, **changes)
+    shape = SHAPE | FAMILIES[family] | changes
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, pad_token_id=0, **shape)
     config.architectures = None
     config.save_pretrained(folder)
     args = {"model_name_or_path": str(folder), "random_weights": True, "ignore_mismatched_sizes": False}
@@ -67,16 +76,16 @@ def assert_equal(ours, stock, batch):
 def test_loss_and_gradient_equal_stock_transformers(family, attention, task, types, tmp_path):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     ours, stock = build(family, task, tmp_path, type_vocab_size=2, **still)
-    if isinstance(ours, FirstPositionMixin):
+    if family != "roberta":
+        assert isinstance(ours, FAST[type(stock)])
         use_attention(ours, attention)
-    assert isinstance(ours, FirstPositionMixin) == (family != "roberta")
     batch = padded_batch(task)
     if not types:
         del batch["token_type_ids"]
     assert_equal(ours.train(), stock.train(), batch)
 
 
-@pytest.mark.parametrize("family", ["bert", "megatron-bert"])
+@pytest.mark.parametrize("family", ["bert", "megatron-bert", "deberta", "deberta-v2"])
 def test_dropout_is_applied_where_stock_transformers_applies_it(family, tmp_path, monkeypatch):
     """With every place's dropout replaced by a factor that its probability decides, the numbers are equal."""
     places = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}

@@ -4,10 +4,17 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from pretraining import losses, results, small_run
+from strategies import launch
 
-FAMILIES = {"bert": "bert", "megatron-bert": "megatron-bert", "roberta": "roberta", "albert": "albert"}
+FAMILIES = ("bert", "megatron-bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert")
 MASKINGS = ("token", "whole_word", "ngram")
-FIRST = {("roberta", "whole_word"), ("albert", "ngram"), ("bert", "ngram")}
+FIRST = {
+    ("roberta", "whole_word"),
+    ("albert", "ngram"),
+    ("bert", "ngram"),
+    ("deberta", "token"),
+    ("deberta-v2", "token"),
+}
 
 
 @pytest.mark.parametrize(
@@ -25,10 +32,10 @@ def test_it_learns_and_is_saved_as_stock(harness, tiny_corpus, cache, out, famil
     assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 1
     model, info = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.model_type == FAMILIES[family] and results(out)["train_steps"] == 20
+    assert model.config.model_type == family and results(out)["train_steps"] == 20
 
 
-@pytest.mark.parametrize("family", ["roberta", "albert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tmp_path, family):
     harness.run(*small_run(tiny_corpus, cache, out, "--model_type", family, steps=2)).check()
     task = tmp_path / "train.tsv"
@@ -39,5 +46,32 @@ def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tm
     flags += ["--output_dir", tmp_path / "glue", "--max_train_steps", 3, "--cache_dir", cache]
     harness.run("run_glue.py", *flags).check()
     more = ["--model_name_or_path", out, "--max_seq_length", 64, "--train_file", tiny_corpus, "--cache_dir", cache]
-    more += ["--max_train_steps", 2, "--train_batch_size", 8, "--output_dir", tmp_path / "more", "--fp32"]
+    more += ["--max_train_steps", 1, "--train_batch_size", 8, "--output_dir", tmp_path / "more", "--fp32"]
+    more += ["--max_eval_samples", 32, "--attn_implementation", "sdpa", "--learning_rate", 1e-12]
     harness.run("run_pretraining.py", *more).check()
+    assert results(tmp_path / "more")["eval_loss"] == pytest.approx(results(out)["eval_loss"], rel=1e-5)
+    assert (tmp_path / "more" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("deberta", "fsdp"),
+        ("deberta-v2", "zero2"),
+        ("modernbert", "ddp"),
+        *(
+            pytest.param(family, config, marks=pytest.mark.exhaustive)
+            for family in FAMILIES
+            for config in ("ddp", "fsdp", "zero2", "zero3")
+        ),
+    ],
+)
+def test_two_processes_equal_one(harness, tiny_corpus, cache, tmp_path, family, config):
+    flags = ["--model_type", family, "--optimizer_type", "adamw", "--learning_rate", 1e-3]
+    one, two = (
+        small_run(tiny_corpus, cache, tmp_path / str(size), *flags, "--per_device_train_batch_size", size, steps=4)
+        for size in (8, 4)
+    )
+    harness.run(*one).check()
+    launch(harness, config, tmp_path, two)
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)

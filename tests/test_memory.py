@@ -10,10 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     MegatronBertConfig,
     MixtralConfig,
+    ModernBertConfig,
     OPTConfig,
 )
 
@@ -43,6 +46,9 @@ NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
 MASKED = {
     "bert": BertConfig(**SMALL, **NO_DROPOUT, intermediate_size=256),
     "megatron-bert": MegatronBertConfig(**SMALL, **NO_DROPOUT),
+    "deberta": DebertaConfig(**SMALL, **NO_DROPOUT, **FAMILIES["deberta"].published),
+    "deberta-v2": DebertaV2Config(**SMALL, **NO_DROPOUT, **FAMILIES["deberta-v2"].published),
+    "modernbert": ModernBertConfig(**{**SMALL, **FAMILIES["modernbert"].published}, pad_token_id=0, local_attention=8),
 }
 
 

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForMaskedLM, BertForMaskedLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+)
 
 from common.arguments import DataArguments, ModelArguments
 from common.errors import UserError
@@ -18,7 +23,8 @@ from common.models.mlm import build_mlm_model
 
 VOCABULARY = 300
 B, S = 6, 24
-FAMILIES = ["post-ln", "pre-ln", "roberta", "albert"]
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+FAMILIES = ["post-ln", "pre-ln", "roberta", "albert", "deberta", "deberta-v2", "modernbert"]
 
 
 class Tokenizer:
@@ -29,9 +35,8 @@ class Tokenizer:
 
 
 def build(mode="post-ln", attention="sdpa", packing="documents", **changes):
-    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     kind = {"encoder_ln_mode": mode} if mode.endswith("-ln") else {"model_type": mode}
-    model_args = ModelArguments(**kind, **{**shape, **changes})
+    model_args = ModelArguments(**kind, **{**SHAPE, **changes})
     torch.manual_seed(0)
     model = build_mlm_model(model_args, DataArguments(max_seq_length=S, packing=packing), Tokenizer())
     use_attention(model, attention)
@@ -79,6 +84,13 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def relative_difference(mine, theirs):
+    """Of gradients by name: the norm of what differs, over that of theirs."""
+    assert mine.keys() == theirs.keys()
+    difference = sum(((mine[name] - theirs[name]) ** 2).sum() for name in mine).sqrt()
+    return float(difference / sum((theirs[name] ** 2).sum() for name in theirs).sqrt())
+
+
 @pytest.mark.parametrize("mode", FAMILIES)
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
 def test_loss_and_gradient_equal_stock_transformers(mode, attention, tmp_path):
@@ -92,11 +104,62 @@ def test_loss_and_gradient_equal_stock_transformers(mode, attention, tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     expected.backward()
-    mine, theirs = gradients(ours), gradients(stock)
-    assert mine.keys() == theirs.keys()
-    difference = sum(((mine[name] - theirs[name]) ** 2).sum() for name in mine).sqrt()
-    size = sum((theirs[name] ** 2).sum() for name in theirs).sqrt()
-    assert difference / size < 1e-5
+    assert relative_difference(gradients(ours), gradients(stock)) < 1e-5
+
+
+# Existing models that are not as those we start from random weights.
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+EXISTING = {
+    "bert": ("bert", {}),
+    "megatron-bert": ("megatron-bert", {}),
+    "roberta": ("roberta", {"type_vocab_size": 1}),
+    "albert": ("albert", {"embedding_size": 16, "num_hidden_groups": 2}),
+    "deberta, its own head": ("deberta", {**RELATIVE, "legacy": False, "position_biased_input": False}),
+    "deberta, far positions": ("deberta", {**RELATIVE, "max_relative_positions": 4, "type_vocab_size": 2}),
+    "deberta, contents to positions": ("deberta", {"relative_attention": True, "pos_att_type": ["c2p"]}),
+    "deberta, no relative positions": ("deberta", {}),
+    "deberta-v2, its own head": ("deberta-v2", {**RELATIVE, "legacy": False, "share_att_key": True}),
+    "deberta-v2, buckets": (
+        "deberta-v2",
+        {**RELATIVE, "position_buckets": 4, "max_relative_positions": 12, "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta-v2, convolution": ("deberta-v2", {**RELATIVE, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "modernbert, biases": ("modernbert", {**NO_TOKENS, "attention_bias": True, "mlp_bias": True, "norm_bias": True}),
+    "modernbert, a window": ("modernbert", {**NO_TOKENS, "local_attention": 6, "num_hidden_layers": 3}),
+    "modernbert, the window last": ("modernbert", {**NO_TOKENS, "local_attention": 2}),
+    "deberta-v2, positions to contents": ("deberta-v2", {"relative_attention": True, "pos_att_type": ["p2c"]}),
+}
+
+
+@pytest.mark.parametrize("name", EXISTING)
+def test_existing_weights_give_the_loss_and_gradient_of_stock_transformers(name, tmp_path):
+    family, changes = EXISTING[name]
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **{**SHAPE, **still, **changes})
+    torch.manual_seed(0)
+    stock = AutoModelForMaskedLM.from_config(config).train()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # nothing is zero that training would move
+    stock.save_pretrained(tmp_path)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path))
+    ours = build_mlm_model(model_args, DataArguments(max_seq_length=S), Tokenizer()).train()
+    packed = packed_batch()
+    loss, expected = ours(**packed.batch).loss, stock_loss(stock, packed)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    assert ours.num_parameters() == stock.num_parameters()
+    heads = {
+        "lm_predictions.lm_head.bias": "cls.predictions.bias",
+        "lm_predictions.lm_head": "cls.predictions.transform",
+    }
+    theirs = {}
+    for name, gradient in gradients(stock).items():
+        old = next((old for old in heads if name.startswith(old)), "")
+        theirs[heads.get(old, "") + name.removeprefix(old)] = gradient
+    assert relative_difference(gradients(ours), theirs) < 1e-5
 
 
 @pytest.mark.parametrize("mode", FAMILIES)
@@ -120,13 +183,14 @@ def test_concatenated_rows_see_everything():
         assert (model(**packed.batch).losses != before).all()
 
 
-def test_bf16_attention_is_no_further_from_fp32_than_stock_bf16():
+@pytest.mark.parametrize("mode", FAMILIES)
+def test_both_paths_in_bf16_are_near_fp32(mode):
     packed = packed_batch()
-    exact = build(attention="sdpa").train()(**packed.batch).loss.item()
+    exact = build(mode, attention="sdpa").train()(**packed.batch).loss.item()
     errors = {}
     for attention in ("plain", "sdpa"):
         with torch.autocast("cpu", torch.bfloat16):
-            errors[attention] = abs(build(attention=attention).train()(**packed.batch).loss.item() - exact)
+            errors[attention] = abs(build(mode, attention=attention).train()(**packed.batch).loss.item() - exact)
     assert errors["plain"] < max(2 * errors["sdpa"], 1e-3) and max(errors.values()) < 0.02
 
 

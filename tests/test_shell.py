@@ -70,6 +70,11 @@ def test_data(shell, data, expected):
     assert given == {expected}
 
 
+@pytest.mark.parametrize("size", ["mini", "xsmall", "xxlarge", "1.3b", "68m"])
+def test_sizes_of_every_family(shell, size):
+    assert flag(shell.run("cpu", "1", size, "embedded", "--model_type", "any")[1], "--model_size") == size
+
+
 def test_weights_to_continue_from(shell):
     assert flag(shell.run("cpu", "1", "runs/one")[1], "--model_name_or_path") == "runs/one"
 

@@ -61,7 +61,30 @@ AttentionInterface.register("plain", plain_attention)
 AttentionInterface.register("flex_attention", static_flex_attention)
 
 
-def same_document_mask(documents, dtype, wanted=None):
+def take(hidden, wanted):
+    """Rows of `hidden` [B, S, H] at the positions `wanted` [B, N]: [B, N, H]."""
+    return hidden.gather(1, wanted[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def project(layers, hidden, bias=None):
+    """What linear layers of equal width make of the same input, by one matrix product.
+
+    Args:
+        layers: modules; hidden: [B, S, H].
+        bias: of all of them together, where they have none of their own.
+    Returns:
+        their outputs, as a sequence of tensors.
+    """
+    plain = all(type(layer) is torch.nn.Linear and not hasattr(layer.weight, "device_mesh") for layer in layers)
+    if not plain:  # fp8, or slices: a layer itself knows how to multiply by them
+        outputs = [layer(hidden) for layer in layers]
+        return outputs if bias is None else [output + bias.to(output.dtype) for output in outputs]
+    weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+    bias = torch.cat([layer.bias for layer in layers]) if bias is None else bias
+    return torch.nn.functional.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
+
+
+def same_document_mask(documents, dtype, wanted=None, window=None):
     """What to add to the scores in packed rows, so that positions attend to their own document alone.
 
     Added, not selected by: no path has to make it of a bool again in every layer, and it needs no backward pass.
@@ -70,28 +93,34 @@ def same_document_mask(documents, dtype, wanted=None):
         documents: document_ids [B, S], integers, 0 = padding (which attends to padding).
         dtype: of the scores.
         wanted: positions of the queries in their row, [B, N] int64; None for all.
+        window: how far away a key may be; None for any distance.
     Returns:
         [B, 1, N, S] of dtype: 0 within a document, the lowest finite number elsewhere.
     """
     of_queries = documents if wanted is None else documents.gather(1, wanted)
     other = of_queries[:, :, None] != documents[:, None, :]
+    if window is not None:
+        keys = torch.arange(documents.shape[1], device=documents.device)
+        places = keys[None] if wanted is None else wanted
+        other = other | ((places[:, :, None] - keys).abs() > window)
     mask = torch.zeros(other.shape, dtype=dtype, device=other.device)
     return mask.masked_fill_(other, torch.finfo(dtype).min)[:, None]
 
 
-def same_document_blocks(documents, _, wanted=None):
+def same_document_blocks(documents, _, wanted=None, window=None):
     """As same_document_mask, for flex_attention: which blocks of scores there are at all, and a test within them.
 
     Args:
-        documents, wanted: as same_document_mask. The test looks into them and into nothing made of them, which the
-            compiler might not have in memory.
+        documents, wanted, window: as same_document_mask. The test looks into them and into nothing made of them, which
+            the compiler might not have in memory.
     Returns:
         torch.nn.attention.flex_attention.BlockMask of [B, 1, N, S].
     """
 
     def same_document(row, _, query, key):
         place = query if wanted is None else wanted[row, query]
-        return documents[row, place] == documents[row, key]
+        same = documents[row, place] == documents[row, key]
+        return same if window is None else same & ((place - key).abs() <= window)
 
     rows, keys = documents.shape
     queries = keys if wanted is None else wanted.shape[1]

@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from common.errors import UserError, first_line
 from common.hardware import AUTOCAST
 from common.models.attention import MASKS, same_document_mask
+from common.models.families import attention_dropout, has_position_scores
 
 FLEX = "flex_attention"  # made by a compiler for each device and shape, so never taken without a look at what it does
 MEASUREMENTS = 4  # of each path; the first one may warm up
@@ -80,6 +81,8 @@ class AttentionTrial:
         head_size = config.hidden_size // config.num_attention_heads
         shape, self.scaling = (self.rows, config.num_attention_heads, seq_length, head_size), head_size**-0.5
         self.inputs = [self._normal(shape).requires_grad_() for _ in range(3)]
+        scores = (self.rows, config.num_attention_heads, seq_length, seq_length)
+        self.position_scores = self._normal(scores).requires_grad_() if has_position_scores(config) else None
         # 4 to 6 documents in a row, then padding
         place, counts = torch.arange(seq_length), 4 + torch.arange(self.rows)[:, None] % 3
         documents = 1 + place * counts // seq_length
@@ -87,7 +90,8 @@ class AttentionTrial:
 
     def candidates(self):
         """The paths that may be the fastest here."""
-        flex = self.packed and self.device.type == "cuda" and not self.config.attention_probs_dropout_prob
+        flex = self.packed and self.device.type == "cuda" and not attention_dropout(self.config)
+        flex = flex and self.position_scores is None
         return ["sdpa", "plain", *[FLEX] * flex]
 
     def fastest(self, names):
@@ -177,11 +181,14 @@ class AttentionTrial:
             mask = MASKS[name](self.documents, self.dtype) if self.packed else None  # made once for all layers
             self.measured[name] = self._compile(self._layer(name)), mask
         layer, mask = self.measured[name]
+        inputs = self.inputs
+        if self.position_scores is not None:
+            mask, inputs = self.position_scores + (0 if mask is None else mask), [*inputs, self.position_scores]
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
         with self._autocast():
             output = layer(*self.inputs, mask)
-        torch.autograd.grad(output.sum(), self.inputs)
+        torch.autograd.grad(output.sum(), inputs)
         wait()
         return time.perf_counter() - began

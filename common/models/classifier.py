@@ -1,6 +1,6 @@
 """Sequence classifiers: stock transformers classes whose loss weighs every example of the global batch the same.
 
-BERT's and Megatron-BERT's compute less than stock, with the same result: see common/models/layers.py.
+BERT's, Megatron-BERT's and DeBERTa's compute less than stock, with the same result: see common/models/layers.py.
 
 B rows, S positions, C classes (1 for a score), H hidden size.
 """
@@ -14,15 +14,17 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    DebertaForSequenceClassification,
+    DebertaV2ForSequenceClassification,
     MegatronBertForSequenceClassification,
 )
 from transformers.utils import ModelOutput
 
 from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
+from common.models.disentangled import Relative, encode, relative_positions
+from common.models.families import has_unknown_parts
 from common.models.layers import make_fast, use_attention
-
-FAST = (BertForSequenceClassification, MegatronBertForSequenceClassification)
 
 
 @dataclass
@@ -67,9 +69,7 @@ class FirstPositionMixin(WeightedExamplesMixin):
 
     def class_logits(self, input_ids, attention_mask, token_type_ids=None):
         """[B, C]: the stock model's numbers; input_ids, attention_mask, token_type_ids [B, S] int64."""
-        encoder, dtype = self.base_model.encoder, compute_dtype(input_ids.device)
-        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
-        mask = mask.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)[:, None, None]  # added to the scores
+        encoder, mask = self.base_model.encoder, _added_to_scores(attention_mask)
         hidden = self.base_model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)  # [B, S, H]
         *layers, last = encoder.layer
         for layer in layers:
@@ -78,6 +78,34 @@ class FirstPositionMixin(WeightedExamplesMixin):
         if hasattr(encoder, "ln"):  # of the pre-norm family
             hidden = encoder.ln(hidden)
         return self.classifier(self.dropout(self.base_model.pooler(hidden)))
+
+
+class DisentangledFirstPositionMixin(WeightedExamplesMixin):
+    """The same for both DeBERTas."""
+
+    def class_logits(self, input_ids, attention_mask, token_type_ids=None):
+        """As FirstPositionMixin.class_logits."""
+        encoder, mask = self.base_model.encoder, _added_to_scores(attention_mask)
+        context = Relative(mask, *relative_positions(encoder, input_ids.shape[1], input_ids.device))
+        hidden = self.base_model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)  # [B, S, H]
+        first = torch.zeros_like(input_ids[:, :1])
+        hidden = encode(encoder, hidden, (context, context), attention_mask, first)  # [B, 1, H]
+        return self.classifier(self.dropout(self.pooler(hidden)))
+
+
+FAST = {
+    BertForSequenceClassification: FirstPositionMixin,
+    MegatronBertForSequenceClassification: FirstPositionMixin,
+    DebertaForSequenceClassification: DisentangledFirstPositionMixin,
+    DebertaV2ForSequenceClassification: DisentangledFirstPositionMixin,
+}
+
+
+def _added_to_scores(attention_mask):
+    """[B, 1, 1, S]: 0, or the lowest finite number for padding, in the precision of the scores."""
+    dtype = compute_dtype(attention_mask.device)
+    mask = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return mask.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def build_classifier(args, task, trained_head=False):
@@ -126,8 +154,8 @@ def build_classifier(args, task, trained_head=False):
         _refuse_other_classes(where, task, [own[number].lower() for number in sorted(own)])
     stock = type(model)
     mixin = WeightedExamplesMixin
-    if stock in FAST and not config.is_decoder:
-        mixin = FirstPositionMixin
+    if stock in FAST and not (getattr(config, "is_decoder", False) or has_unknown_parts(config)):
+        mixin = FAST[stock]
         make_fast(model)
         use_attention(model, "sdpa")
     model.__class__ = type(stock.__name__, (mixin, stock), {"__module__": __name__})

@@ -14,15 +14,23 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    DebertaConfig,
+    DebertaForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
     MegatronBertForPreTraining,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
 from common.models.attention import compute_dtype
+from common.models.disentangled import Relative, encode, relative_positions
 from common.models.head_loss import HeadLoss, head_loss
+from common.models.rotary import Turned
 
 
 class MaskedPositionsMixin:
@@ -47,18 +55,27 @@ class MaskedPositionsMixin:
         hidden = self._encode(masked_positions, document_ids, input_ids, position_ids)
         return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
 
-    def _encode(self, wanted, document_ids, *embedded):
-        """The encoder's output at the positions `wanted`, [B, N] int64: [B, N, H]. Args: embedded: as _embed."""
-        mask = mask_of_wanted = None
-        if self.packs_documents:
-            dtype = compute_dtype(document_ids.device)
-            mask = self.document_mask(document_ids, dtype)
-            mask_of_wanted = self.document_mask(document_ids, dtype, wanted)
-        hidden = self._embed(*embedded)  # [B, S, H]
+    def _encode(self, wanted, document_ids, input_ids, position_ids, *types):
+        """The encoder's output at the positions `wanted`, [B, N] int64: [B, N, H]. Args: types: none, or [B, S]."""
+        contexts = self._contexts(document_ids, position_ids, wanted)
+        hidden = self._embed(input_ids, position_ids, *types)  # [B, S, H]
+        return self._run_layers(hidden, contexts, document_ids, wanted)
+
+    def _contexts(self, document_ids, position_ids, wanted):
+        """What layers take beside their input: where all positions attend, and where those `wanted` [B, N] do."""
+        if not self.packs_documents:
+            return None, None
+        dtype = compute_dtype(document_ids.device)
+        return self.document_mask(document_ids, dtype), self.document_mask(document_ids, dtype, wanted)
+
+    def _run_layers(self, hidden, contexts, document_ids, wanted):
+        """What the encoder makes of the embeddings [B, S, H], at the positions `wanted`: [B, N, H]."""
         *layers, last = self._layers()
         for layer in layers:
-            hidden = layer(hidden, mask)
-        hidden = last(hidden, mask_of_wanted, wanted)
+            hidden = layer(hidden, contexts[0])
+        return self._last_norm(last(hidden, contexts[1], wanted))
+
+    def _last_norm(self, hidden):
         encoder = self.base_model.encoder
         return encoder.ln(hidden) if hasattr(encoder, "ln") else hidden  # of the pre-norm family
 
@@ -149,21 +166,92 @@ class AlbertPairsMixin(AlbertMixin, SentencePairsMixin):
         return self.sop_classifier(self.base_model.pooler_activation(self.base_model.pooler(hidden)))
 
 
+class DebertaMixin(MaskedPositionsMixin):
+    """The same for DeBERTa: relative positions in every layer; the embeddings have what the configuration says."""
+
+    def _contexts(self, document_ids, position_ids, wanted):
+        relative = relative_positions(self.base_model.encoder, document_ids.shape[1], document_ids.device)
+        return [Relative(mask, *relative) for mask in super()._contexts(document_ids, position_ids, wanted)]
+
+    def _run_layers(self, hidden, contexts, document_ids, wanted):
+        documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
+        return encode(self.base_model.encoder, hidden, contexts, documents, wanted)
+
+    def _embed(self, input_ids, position_ids):
+        return self.base_model.embeddings(input_ids=input_ids, position_ids=position_ids)
+
+
+class ModernBertMixin(MaskedPositionsMixin):
+    """The same for ModernBERT: positions are in the layers, most of which see no further than a window."""
+
+    def _contexts(self, document_ids, position_ids, wanted):
+        everywhere = self._masks(document_ids, wanted)
+        near = self._masks(document_ids, wanted, self.config.sliding_window)
+        numbers = torch.empty(0, device=document_ids.device)  # says in which precision, and where
+        rotary = self.base_model.rotary_emb
+        angles = {kind: rotary(numbers, position_ids, kind) for kind in rotary.layer_types}
+        masks = {"full_attention": everywhere, "sliding_attention": near}
+        return [{kind: Turned(masks[kind][which], *angles[kind]) for kind in angles} for which in range(2)]
+
+    def _masks(self, document_ids, wanted, window=None):
+        """Those of all positions and of the wanted, as super()._contexts where a window does not matter."""
+        if window is None or window >= document_ids.shape[1] - 1:
+            return super()._contexts(document_ids, None, wanted)
+        documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
+        dtype = compute_dtype(document_ids.device)
+        return [self.document_mask(documents, dtype, places, window) for places in (None, wanted)]
+
+    def _embed(self, input_ids, position_ids):
+        return self.base_model.embeddings(input_ids)
+
+    def _layers(self):
+        return self.base_model.layers
+
+    def _last_norm(self, hidden):
+        return self.base_model.final_norm(hidden)
+
+    def _transform(self, hidden):
+        return self.head(hidden)
+
+
 class Family(NamedTuple):
     """config: its configuration class; model: the class that is trained; published: what its published models have and
     its configuration does not by itself; pairs: the class with a head that judges pairs of sentences, where there is
-    one."""
+    one; renamed: names of weights in some checkpoints, and what they are here; settings: of its configuration, by
+    BERT's names for them."""
 
     config: type
     model: type
     published: dict = {}
     pairs: type | None = None
+    renamed: dict = {}
+    settings: dict = {}
+
+    def translate(self, **settings):
+        """Settings by BERT's names as this family's configuration takes them."""
+        named = ((name, value) for given, value in settings.items() for name in self.settings.get(given, (given,)))
+        return dict(named)
 
 
 def _with_masked_positions(mixin, stock):
     # The same class name, because save_pretrained writes it into config.json.
     return type(stock.__name__, (mixin, stock), {"__module__": __name__})
 
+
+DEBERTA = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["c2p", "p2c"]}
+DEBERTA_V3 = {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+# DeBERTa's own head has the shape of the one that transformers calls legacy, under other names
+DEBERTA_HEAD = {
+    r"^lm_predictions\.lm_head\.(dense|LayerNorm)": r"cls.predictions.transform.\1",
+    r"^lm_predictions\.lm_head\.bias": "cls.predictions.bias",
+}
+
+MODERNBERT_SETTINGS = {
+    "hidden_act": ("hidden_activation",),
+    "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
+    "attention_probs_dropout_prob": ("attention_dropout",),
+}
+NO_SPECIAL_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 
 FAMILIES = {
     "bert": Family(
@@ -186,6 +274,19 @@ FAMILIES = {
         _with_masked_positions(AlbertMixin, AlbertForMaskedLM),
         pairs=_with_masked_positions(AlbertPairsMixin, AlbertForPreTraining),
     ),
+    "deberta": Family(DebertaConfig, _with_masked_positions(DebertaMixin, DebertaForMaskedLM), DEBERTA, DEBERTA_HEAD),
+    "deberta-v2": Family(
+        DebertaV2Config,
+        _with_masked_positions(DebertaMixin, DebertaV2ForMaskedLM),
+        DEBERTA | DEBERTA_V3,
+        DEBERTA_HEAD,
+    ),
+    "modernbert": Family(
+        ModernBertConfig,
+        _with_masked_positions(ModernBertMixin, ModernBertForMaskedLM),
+        NO_SPECIAL_TOKENS,
+        settings=MODERNBERT_SETTINGS,
+    ),
 }
 
 
@@ -197,3 +298,19 @@ def first_position(config):
 def positions(config):
     """How many tokens a model of this configuration can read."""
     return config.max_position_embeddings - first_position(config)
+
+
+def has_position_scores(config):
+    """Whether attention adds scores with a gradient of their own, which not every path takes."""
+    return getattr(config, "relative_attention", False)
+
+
+def has_unknown_parts(config):
+    """Whether a configuration asks for what no forward pass here computes: no published model does."""
+    return bool(getattr(config, "talking_head", False)) or getattr(config, "conv_groups", 1) != 1
+
+
+def attention_dropout(config):
+    """The probability, under whichever name its family has."""
+    (name,) = FAMILIES[config.model_type].translate(attention_probs_dropout_prob=None)
+    return getattr(config, name)

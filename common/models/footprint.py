@@ -1,7 +1,8 @@
 """What a model holds in a step, from its configuration alone: its parameters, and what autograd keeps of its rows.
 
-Nothing is allocated: the parameters are counted on torch's meta device, and a forward pass of one and of two layers
-runs on fake tensors, which have shapes and no numbers. So it holds for any architecture, precision and dropout.
+Nothing is allocated: the parameters are counted on torch's meta device, and a forward pass of a layer of each type and
+of one layer more runs on fake tensors, which have shapes and no numbers. So it holds for any architecture, precision
+and dropout.
 
 B rows, S sequence length, k predicted positions of a row, H hidden size, V vocabulary.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
@@ -79,10 +81,11 @@ def _measure(config, seq_length, shape):
     head, targets = shape["head"], shape["targets"]
     count = _count(config, head, shape["slices"])
     try:
-        one, two = (_trace(config, layers, seq_length, **shape) for layers in (1, 2))
-        # (outside, in each layer) from one layer and from two
-        traced = {name: (2 * one[name] - two[name], two[name] - one[name]) for name in ("kept", "copies")}
-        traced |= {"widest": two["widest"], "traced": True}
+        least = len(set(getattr(config, "layer_types", None) or [None]))  # one of each type
+        few, more = (_trace(config, layers, seq_length, **shape) for layers in (least, least + 1))
+        layer = {name: more[name] - few[name] for name in ("kept", "copies")}
+        traced = {name: (few[name] - least * layer[name], layer[name]) for name in layer}  # (outside, in each layer)
+        traced |= {"widest": more["widest"], "traced": True}
         if head == "masked":  # the loss is a part of this forward pass, and its gradients are counted apart
             width, vocabulary = config.hidden_size, config.vocab_size
             traced["kept"] = traced["kept"][0] - 4 * targets * width, traced["kept"][1]
@@ -141,9 +144,9 @@ def _trace(config, layers, seq_length, **shape):
         config.layer_types = config.layer_types[:layers]
     config.num_hidden_layers = layers
     config.use_cache = False
-    one, two = (_kept_bytes(config, rows, seq_length, **shape) for rows in (1, 2))
-    growth = [after - before for before, after in zip(one, two, strict=True)]
-    fixed = sum(size for size, more in zip(one, growth, strict=True) if not more)
+    two, three = (_kept_bytes(config, rows, seq_length, **shape) for rows in (2, 3))  # of one, some are not copied
+    growth = [after - before for before, after in zip(two, three, strict=True)]
+    fixed = sum(size for size, more in zip(two, growth, strict=True) if not more)
     return {"kept": sum(growth), "widest": max(growth), "copies": fixed}
 
 
@@ -157,7 +160,9 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
 
     autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with FakeTensorMode(), torch.device("cpu"):
-        model = _build(config, head, slices).train()
+        with no_init_weights():  # some look at the numbers
+            model = _build(config, head, slices).train()
+        model.tie_weights()
         ids = torch.zeros(rows, seq_length, dtype=torch.int64)
         if head == "masked":
             make_fast(model)

@@ -6,20 +6,19 @@ look at: keys and values of all, queries and everything after the attention of t
 B batch, S sequence, N wanted positions in a row, H hidden size, A heads, D head size.
 """
 
-import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.models.albert.modeling_albert import AlbertLayer
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.deberta.modeling_deberta import DebertaLayer, DebertaLayerNorm
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
 from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from common.models.attention import MASKS
-
-
-def take(hidden, wanted):
-    """Rows of `hidden` [B, S, H] at the positions `wanted` [B, N]: [B, N, H]."""
-    return hidden.gather(1, wanted[:, :, None].expand(-1, -1, hidden.shape[-1]))
+from common.models.attention import MASKS, project, take
+from common.models.disentangled import attend_disentangled
+from common.models.rotary import attend_rotary
 
 
 def attend(attention, path, hidden, mask, wanted):
@@ -36,9 +35,9 @@ def attend(attention, path, hidden, mask, wanted):
     """
     layers = [attention.query, attention.key, attention.value]
     if wanted is None:
-        query, key, value = _project(layers, hidden)
+        query, key, value = project(layers, hidden)
     else:
-        key, value = _project(layers[1:], hidden)
+        key, value = project(layers[1:], hidden)
         query = attention.query(take(hidden, wanted))
     heads = (-1, attention.attention_head_size)
     query, key, value = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key, value))  # [B, A, S, D]
@@ -49,22 +48,15 @@ def attend(attention, path, hidden, mask, wanted):
     return output.flatten(2)
 
 
-def _project(layers, hidden):
-    plain = all(type(layer) is torch.nn.Linear and not hasattr(layer.weight, "device_mesh") for layer in layers)
-    if not plain:  # fp8, or slices: a layer itself knows how to multiply by them
-        return [layer(hidden) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = torch.cat([layer.bias for layer in layers])
-    return F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
-
-
 class PostNormMixin:
-    """A forward pass for BERT's layers and RoBERTa's that computes what pretraining needs."""
+    """A forward pass for layers with BERT's modules that computes what pretraining needs."""
+
+    attend = staticmethod(attend)
 
     def forward(self, hidden, mask=None, wanted=None):
         """hidden [B, S, H]; mask and wanted as attend. Returns [B, S, H], or [B, N, H]."""
         residual = hidden if wanted is None else take(hidden, wanted)
-        hidden = attend(self.attention.self, self.attention_path, hidden, mask, wanted)
+        hidden = self.attend(self.attention.self, self.attention_path, hidden, mask, wanted)
         hidden = self.attention.output(hidden, residual)
         return self.output(self.intermediate(hidden), hidden)
 
@@ -88,6 +80,38 @@ class RobertaPostNormLayer(PostNormMixin, RobertaLayer):
     """A RobertaLayer."""
 
 
+class DisentangledLayer(PostNormMixin, DebertaLayer):
+    """A DebertaLayer; its mask is a Relative."""
+
+    attend = staticmethod(attend_disentangled)
+
+
+class DisentangledV2Layer(PostNormMixin, DebertaV2Layer):
+    """A DebertaV2Layer; its mask is a Relative."""
+
+    attend = staticmethod(attend_disentangled)
+
+
+class FusedLayerNorm(DebertaLayerNorm):
+    """The norm that the first DeBERTa computes in seven steps, in one."""
+
+    def forward(self, hidden):
+        """hidden [..., H]; the same of it."""
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.variance_epsilon)
+
+
+class RotaryLayer(ModernBertEncoderLayer):
+    """A ModernBertEncoderLayer whose forward computes what pretraining needs; its mask is a Turned by layer type."""
+
+    def forward(self, hidden, mask=None, wanted=None):
+        """As PostNormMixin.forward."""
+        residual = hidden if wanted is None else take(hidden, wanted)
+        turned = mask[self.attention_type]
+        hidden = attend_rotary(self.attn, self.attention_path, self.attn_norm(hidden), turned, wanted)
+        hidden = residual + self.attn.out_drop(self.attn.Wo(hidden))
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
 class SharedLayer(AlbertLayer):
     """An AlbertLayer whose forward computes what pretraining needs; it is called several times."""
 
@@ -105,12 +129,18 @@ FAST = {
     MegatronBertLayer: PreNormLayer,
     RobertaLayer: RobertaPostNormLayer,
     AlbertLayer: SharedLayer,
+    DebertaLayer: DisentangledLayer,
+    DebertaLayerNorm: FusedLayerNorm,
+    DebertaV2Layer: DisentangledV2Layer,
+    ModernBertEncoderLayer: RotaryLayer,
 }
 
 
 def encoder_layers(model):
     """The layers of a stock model, each once."""
-    encoder = model.base_model.encoder
+    encoder = getattr(model.base_model, "encoder", None)
+    if encoder is None:
+        return list(model.base_model.layers)
     if hasattr(encoder, "albert_layer_groups"):
         return [layer for group in encoder.albert_layer_groups for layer in group.albert_layers]
     return list(encoder.layer)
@@ -118,8 +148,8 @@ def encoder_layers(model):
 
 def make_fast(model):
     """Give the encoder layers of a stock model the forward passes above; use_attention must follow."""
-    for layer in encoder_layers(model):
-        layer.__class__ = FAST[type(layer)]
+    for module in model.modules():
+        module.__class__ = FAST.get(type(module), type(module))
 
 
 def use_attention(model, name):

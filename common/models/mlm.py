@@ -1,15 +1,20 @@
 """A masked-language model as the flags describe it, with random weights or from existing ones."""
 
+import math
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
-from common.models.families import FAMILIES, first_position, positions
+from common.models.attention_choice import FLEX
+from common.models.families import FAMILIES, first_position, has_position_scores, has_unknown_parts, positions
 from common.models.layers import make_fast, use_attention
+from common.models.presets import MEGATRON_SIZES, deviation
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
+MEGATRON_NORMS = {"layer_norm_eps": 1e-5}
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
 
 
@@ -31,16 +36,16 @@ def build_mlm_model(model_args, data_args, tokenizer):
         model = _load(model_args, pairs)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
     else:
-        family = FAMILIES["megatron-bert" if model_args.encoder_ln_mode == "pre-ln" else model_args.model_type]
+        family = FAMILIES[model_args.family]
+        of_megatron = model_args.family == "megatron-bert" and model_args.model_size in MEGATRON_SIZES
         vocab_size = model_args.vocab_size or -(-vocabulary_size(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         config = family.config(
             vocab_size=vocab_size,
-            hidden_act=model_args.hidden_act,
-            hidden_dropout_prob=model_args.hidden_dropout_prob,
-            attention_probs_dropout_prob=model_args.attention_probs_dropout_prob,
-            initializer_range=model_args.initializer_range,
+            **family.translate(hidden_act=model_args.hidden_act, **_dropout(model_args)),
+            initializer_range=model_args.initializer_range or deviation(model_args.model_size),
             pad_token_id=tokenizer.pad_token_id,
             **family.published,
+            **(MEGATRON_NORMS if of_megatron else {}),
             **model_args.shape,
         )
         wanted = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
@@ -49,6 +54,8 @@ def build_mlm_model(model_args, data_args, tokenizer):
             model = _trained_class(family, config.model_type, pairs)(config)
         except KeyError as error:
             raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
+        if of_megatron:
+            _shrink_last_projections(model)
         remedy = "give at least that many, or drop the flag"
     if model.config.vocab_size < (needed := vocabulary_size(tokenizer)):
         raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
@@ -56,6 +63,11 @@ def build_mlm_model(model_args, data_args, tokenizer):
         raise UserError(f"--max_seq_length {max_seq_length} is above the model's {longest} positions: {remedy}")
     if hasattr(model, "sop_classifier"):
         model.sop_classifier.dropout.p = model_args.hidden_dropout_prob  # the configuration's is for fine-tuning
+    if model_args.attn_implementation == FLEX and has_position_scores(model.config):
+        raise UserError(
+            f"--attn_implementation {FLEX} has no place for a {model.config.model_type}'s position scores: "
+            "give auto, plain or sdpa"
+        )
     make_fast(model)
     use_attention(model, "sdpa")
     model.packs_documents = data_args.packing == "documents"
@@ -75,11 +87,19 @@ def _load(model_args, pairs):
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         if config.model_type not in FAMILIES:
             raise UserError(f"{where} is a {config.model_type}: known are {', '.join(FAMILIES)}")
-        model_class = _trained_class(FAMILIES[config.model_type], config.model_type, pairs)
-        config.hidden_dropout_prob = model_args.hidden_dropout_prob
-        config.attention_probs_dropout_prob = model_args.attention_probs_dropout_prob
+        if has_unknown_parts(config):
+            raise UserError(f"{where} has talking heads or a grouped convolution, which are not trained: give another")
+        family = FAMILIES[config.model_type]
+        model_class = _trained_class(family, config.model_type, pairs)
+        config.update(family.translate(**_dropout(model_args)))
+        if family.renamed:
+            config.legacy = True
         model, info = model_class.from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+            model_args.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            key_mapping=family.renamed or None,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         fault = first_line(error)
@@ -88,3 +108,16 @@ def _load(model_args, pairs):
         remedy = "leave out --sentence_objective" if pairs else "is it a masked-language model?"
         raise UserError(f"{where} lacks {sorted(info['missing_keys'])[0]}: {remedy}")
     return model
+
+
+def _dropout(model_args):
+    return {name: getattr(model_args, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+
+
+@torch.no_grad()
+def _shrink_last_projections(model):
+    """Megatron's initialisation: what ends a block is smaller by sqrt(2 L), as each of L layers adds two of them to
+    its input. Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 5.1."""
+    for layer in model.base_model.encoder.layer:
+        for last in (layer.attention.output.dense, layer.output.dense):
+            last.weight /= math.sqrt(2 * model.config.num_hidden_layers)

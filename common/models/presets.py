@@ -1,20 +1,54 @@
 """Named model shapes.
 
-Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BERT base/large (Devlin et al. 2019); OPT
-(Zhang et al. 2022, arXiv:2205.01068, table 1).
+Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BERT base/large (Devlin et al. 2019);
+ALBERT (Lan et al. 2020, arXiv:1909.11942, table 1); DeBERTa, v2 and v3 (He et al. 2021, arXiv:2006.03654 and
+arXiv:2111.09543) as published; ModernBERT (Warner et al. 2024, arXiv:2412.13663), with the smaller ones of Ettin
+(Weller et al. 2025, arXiv:2507.11412); Megatron-DeepSpeed's ds_pretrain_bert.sh; OPT (Zhang et al. 2022,
+arXiv:2205.01068, table 1).
 """
 
 from common.errors import UserError
 
 HEAD_SIZE = 64
 
-MODEL_SIZES = {  # layers, hidden size; every preset has heads of 64 and a feed-forward layer four times as wide
+# layers, hidden size; heads and the width of the feed-forward layer where they are not of 64 and four times the hidden
+# size
+MODEL_SIZES = {
     "tiny": (2, 128),
     "mini": (4, 256),
     "small": (4, 512),
     "medium": (8, 512),
     "base": (12, 768),
     "large": (24, 1024),
+}
+
+MEGATRON_SIZES = {"110m": (12, 768), "336m": (24, 1024), "1.3b": (24, 2048), "3.9b": (48, 2560)}
+DEVIATION, MEGATRON_DEVIATIONS = 0.02, {"1.3b": 0.013, "3.9b": 0.011}  # of the initial weights
+SIZES_BY_TYPE = {
+    "bert": MODEL_SIZES,
+    "roberta": MODEL_SIZES,
+    "albert": MODEL_SIZES | {"xlarge": (24, 2048, 16), "xxlarge": (12, 4096, 64)},
+    "deberta": MODEL_SIZES | {"xlarge": (48, 1024, 16)},
+    "deberta-v2": {
+        "tiny": (2, 128),
+        "mini": (4, 256),
+        "xsmall": (12, 384),
+        "small": (6, 768),
+        "base": (12, 768),
+        "large": (24, 1024),
+        "xlarge": (24, 1536),
+        "xxlarge": (48, 1536),
+    },
+    "modernbert": {
+        "tiny": (2, 128, 2, 192),
+        "mini": (4, 256, 4, 384),
+        "17m": (7, 256, 4, 384),
+        "32m": (10, 384, 6, 576),
+        "68m": (19, 512, 8, 768),
+        "base": (22, 768, 12, 1152),
+        "large": (28, 1024, 16, 2624),
+    },
+    "megatron-bert": MODEL_SIZES | MEGATRON_SIZES,
 }
 
 OPT_SIZES = {  # layers, hidden size, heads; the feed-forward layer is four times as wide
@@ -32,24 +66,38 @@ OPT_ALIASES = {"6.7": "6.7b"}
 OPT_VOCABULARY, OPT_POSITIONS = 50272, 2048
 
 
-def model_shape(size, num_hidden_layers=None, hidden_size=None, num_attention_heads=None, intermediate_size=None):
+def model_shape(
+    size,
+    num_hidden_layers=None,
+    hidden_size=None,
+    num_attention_heads=None,
+    intermediate_size=None,
+    model_type="bert",
+):
     """The shape of a preset with free values over it.
 
     Args:
-        size: a name in MODEL_SIZES.
+        size: a name in SIZES_BY_TYPE[model_type].
         num_hidden_layers, hidden_size, num_attention_heads, intermediate_size: int, or None for the preset's (heads
-            of 64 and four times the width, where the width was changed).
+            of 64 and the preset's share of the width, where the width was changed).
     Returns:
         dict with these four names, as a transformers configuration takes them.
     """
-    layers, hidden = MODEL_SIZES[size]
-    hidden = hidden_size or hidden
+    layers, width, heads, feed_forward = (*SIZES_BY_TYPE[model_type][size], None, None)[:4]
+    hidden = hidden_size or width
+    if heads is None or hidden != width:
+        heads = max(1, hidden // HEAD_SIZE)
     return {
         "num_hidden_layers": num_hidden_layers or layers,
         "hidden_size": hidden,
-        "num_attention_heads": num_attention_heads or max(1, hidden // HEAD_SIZE),
-        "intermediate_size": intermediate_size or 4 * hidden,
+        "num_attention_heads": num_attention_heads or heads,
+        "intermediate_size": intermediate_size or (feed_forward or 4 * width) * hidden // width,
     }
+
+
+def deviation(size):
+    """Standard deviation of the initial weights of a preset."""
+    return MEGATRON_DEVIATIONS.get(size, DEVIATION)
 
 
 def feed_forward_size(config):

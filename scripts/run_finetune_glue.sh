@@ -9,8 +9,10 @@
 #   extra flags         any flag of run_glue.py (--help lists them); the first argument that begins with - ends the
 #                       positional ones
 #   FRUGAL_SEEDS        seeds, in the environment               (default: "42 43 44")
+#   FRUGAL_OUTPUT       where the runs go, in the environment; those that are there are continued
+#                                                               (default: runs/finetune-<time>)
 # GLUE tasks are trained by Colossal-AI's recipe for MRPC: global batch 128, 3 epochs, learning rate 2.4e-5.
-# Relative paths, and the output runs/finetune-<time>, are relative to the folder you stand in.
+# Relative paths, and the default output, are relative to the folder you stand in.
 set -euo pipefail
 
 scripts=$(dirname "${BASH_SOURCE[0]}")
@@ -68,7 +70,8 @@ else
     flags+=(--num_train_epochs 3 --learning_rate 2.4e-5 --warmup_ratio 0.1)
 fi
 flags+=("$@")
-out=runs/finetune-$(date +%Y%m%d-%H%M%S)
+out=${FRUGAL_OUTPUT:-runs/finetune-$(date +%Y%m%d-%H%M%S)}
+[[ -z ${FRUGAL_OUTPUT:-} ]] || flags+=(--checkpointing_steps 200 --save_total_limit 1 --resume_from_checkpoint latest)
 check run_glue.py "${flags[@]}" --output_dir "$out/pretrained"
 echo "checkpoint: $checkpoint; task: $task"
 for seed in ${FRUGAL_SEEDS:-42 43 44}; do

@@ -167,6 +167,21 @@ def test_a_dataset_is_streamed(prepare, tmp_path, files):
     assert "has no split none" in prepare(*flags, "--dataset_split", "none", out="bad", code=2).stderr
 
 
+def test_several_datasets_are_read_one_after_the_other(prepare, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    found = texts(120)
+    for name, part in (("one", found[:50]), ("two", found[50:])):
+        (tmp_path / name / "small").mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": part}), tmp_path / name / "small" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "one", tmp_path / "two", "--cache_dir", tmp_path / "cache"]
+    prepare(*flags, "--dataset_config_name", "small", "small")
+    assert all_documents(tmp_path / "out") == sorted(found)
+    said = prepare(*flags, "--dataset_config_name", "small", out="bad", code=2).stderr
+    assert "--dataset_config_name small: give one for each --dataset_name (2)" in said
+
+
 def test_megatrons_pair_is_decoded(prepare, data_folder, tmp_path):
     genuine = data_folder / "megatron"
     folder = tmp_path / "vocabulary"

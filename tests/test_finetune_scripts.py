@@ -63,6 +63,14 @@ def test_with_data_the_recipe_is_that_of_mrpc(shell):
     assert flag(launches(shell.run("cpu", "m", "rte", "data"))[0], "--task_name") == "rte"
 
 
+def test_runs_in_a_named_folder_are_continued(shell):
+    pretrained(shell.here / "model")
+    calls = launches(shell.run("cpu", "model", FRUGAL_SEEDS="7", FRUGAL_OUTPUT="my runs"))
+    assert [flag(call, "--output_dir") for call in calls] == ["my runs/pretrained-seed7", "my runs/random-seed7"]
+    assert {flag(call, "--resume_from_checkpoint") for call in calls} == {"latest"}
+    assert "--resume_from_checkpoint" not in launches(shell.run("cpu", "model", FRUGAL_SEEDS="7"))[0]["argv"]
+
+
 def test_what_is_missing_is_said_in_one_line(shell):
     said = shell.fail()
     assert "bash scripts/run_pretraining.sh first" in said and said.count("\n") == 1

@@ -157,6 +157,8 @@ def test_folders_that_hold_no_runs_or_two_of_a_task(runs, tmp_path):
         make_submission(tmp_path / "absent", tmp_path / "glue.zip")
     with pytest.raises(UserError, match="holds no runs of run_glue.py"):
         make_submission(tmp_path, tmp_path / "glue.zip")
+    make_submission(tmp_path, tmp_path / "empty.zip", fill_missing=True)
+    check_submission(tmp_path / "empty.zip")
     for name in ("a", "b"):
         (tmp_path / name).symlink_to(runs / "rte")
     with pytest.raises(UserError, match="a and .*b are both runs of rte: keep one, or name it in selected.json"):

@@ -90,7 +90,7 @@ def make_submission(runs, path, fill_missing=False):
     Raises:
         UserError: a task without predictions, predictions that do not fit.
     """
-    folders = find_runs(runs)
+    folders = find_runs(runs, may_be_none=fill_missing)
     if not path.parent.is_dir():
         raise UserError(f"{path}: its folder does not exist; make it, or name another zip")
     sources = {part: predictions_of(part, folders) for part in PARTS}
@@ -114,11 +114,12 @@ def make_submission(runs, path, fill_missing=False):
         print(f"without a look at the task, and so without worth: {names}")
 
 
-def find_runs(folder):
+def find_runs(folder, may_be_none=False):
     """The run of each task: {task name: Path}.
 
     Args:
         folder: Path with a selected.json, or whose subfolders are output folders of run_glue.py.
+        may_be_none: whether {} is an answer.
     Raises:
         UserError: no such folder or no runs, a selected.json that is not one, several runs of a task.
     """
@@ -139,7 +140,7 @@ def find_runs(folder):
             if task in runs:
                 raise UserError(f"{runs[task]} and {path} are both runs of {task}: keep one, or name it in {SELECTED}")
             runs[task] = path
-    if not runs:
+    if not runs and not may_be_none:
         raise UserError(f"{folder}: holds no runs of run_glue.py; give the folder above their output folders")
     return runs
 

@@ -6,14 +6,11 @@ A run is finished when its all_results.json exists. It writes to a log whose loc
 run that outlives a killed sweep is waited for, not started twice.
 """
 
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +34,7 @@ from common.glue.summary import (
     write_summary,
 )
 from common.glue_arguments import parse_glue_arguments
+from common.logged_process import Process, last_line, lock_log
 from common.progress import format_duration
 from common.report import write_all_results
 from common.run_folder import RESULTS
@@ -189,48 +187,6 @@ def open_sweep(out, settings):
     return before
 
 
-class Process:
-    """A run_glue.py at work, and all that it starts in turn: they hold the lock of its log.
-
-    Args:
-        words: the command; log: Path; env: dict; lock: the log, open and locked.
-    """
-
-    def __init__(self, words, log, env, lock):
-        self.log, self._begin = log, lock.tell()
-        # A session of its own: Ctrl-C is for the sweep, which then tells its runs.
-        self._leader = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=lock,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
-
-    def poll(self):
-        """The exit code; None while it, or anything that it has started, still runs."""
-        code = self._leader.poll()
-        if code is None or is_locked(self.log):
-            return None
-        # A launcher makes every code 1, and says what it was in its last lines.
-        launched = re.findall(r"(?:exitcode\s*: |exit status )(\d+)", self.output())
-        return int(launched[-1]) if code == 1 and launched else code
-
-    def output(self):
-        """What it has written so far."""
-        with open(self.log, "rb") as file:
-            file.seek(self._begin)
-            return file.read().decode(errors="replace")
-
-    def stop(self):
-        """Ask all of it to save and end."""
-        try:
-            os.killpg(self._leader.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-
-
 def start_process(args, words, log, device):
     """Start a run_glue.py.
 
@@ -248,26 +204,7 @@ def start_process(args, words, log, device):
         command.append(str(SCRIPT))
     env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     with open(log, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return Process([*command, *words], log, env, lock)
-
-
-def is_locked(log):
-    """Whether a process that writes to this log still runs."""
-    with open(log, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def last_line(text):
-    """The last line that is not blank; none of an empty text."""
-    return ([""] + [line for line in text.splitlines() if line.strip()])[-1]
+        return Process([*command, *words], log, env, lock) if lock_log(lock) else None
 
 
 def device_groups(args):

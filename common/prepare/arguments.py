@@ -23,13 +23,17 @@ class PrepareArguments:
         help="Files, folders, globs, http addresses, or pile: txt, json, jsonl, csv, tsv, parquet, Wikipedia's dumps, "
         "WikiExtractor's files, Megatron's .bin; also compressed or in archives.",
     )
-    dataset_name: str | None = HfArg(default=None, help="A dataset on the hub, or a folder laid out as one; streamed.")
-    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
-    dataset_split: str = HfArg(default="train", help="Its split.")
+    dataset_name: list[str] | None = HfArg(
+        default=None, help="Datasets on the hub, or folders laid out as one; streamed."
+    )
+    dataset_config_name: list[str] | None = HfArg(
+        default=None, help="Their configurations, one for each dataset (default, where it has one alone)."
+    )
+    dataset_split: str = HfArg(default="train", help="Their split.")
     weights: list[float] | None = HfArg(
         default=None,
-        help="Of every --input (and the dataset behind them): the share of the training tokens it shall have. Text is "
-        "repeated or left out for that.",
+        help="Of every --input (and the datasets behind them): the share of the training tokens it shall have. Text "
+        "is repeated or left out for that.",
     )
     output_dir: str = HfArg(default="prepared", help="Gets shards/, tokenizer/ and train, validation, test.")
     num_shards: int | None = HfArg(default=None, help="Parts that are done one by one. Default: one for each file.")
@@ -90,6 +94,12 @@ class PrepareArguments:
         check_separator(self.document_separator)
         for name in ("validation_split_percentage", "test_split_percentage"):
             flags.between(self, name, 0, 100)
+        configs = len(self.dataset_config_name or [])
+        if configs and configs != len(self.dataset_name or []):
+            raise UserError(
+                f"--dataset_config_name {' '.join(self.dataset_config_name)}: give one for each --dataset_name "
+                f"({len(self.dataset_name or [])}), default where a dataset has one alone"
+            )
         if self.split_sentences and self.append_eod:
             raise UserError(
                 "--append_eod is for GPT, --split_sentences for BERT's sentence objectives: give one of them"
@@ -99,10 +109,10 @@ class PrepareArguments:
                 "--deduplicate_lines and --split_sentences: one cuts documents into lines: give one of them"
             )
         if self.weights is not None:
-            sources = len(self.input or []) + bool(self.dataset_name)
+            sources = len(self.input or []) + len(self.dataset_name or [])
             if len(self.weights) != sources or min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
                 raise UserError(
-                    f"--weights {' '.join(map(str, self.weights))}: give one for each --input and the dataset "
+                    f"--weights {' '.join(map(str, self.weights))}: give one for each --input and dataset "
                     f"({sources}), none below 0, not all 0"
                 )
         if self.validation_split_percentage + self.test_split_percentage >= 100:

@@ -12,7 +12,7 @@ Each is an object with `source`, the number of the --input that named it (datase
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -180,7 +180,7 @@ def find_inputs(args, folder):
     Args:
         args: PrepareArguments; folder: Path for downloads.
     Returns:
-        list, in the order of --input, files of one pattern sorted; then the dataset.
+        list, in the order of --input, files of one pattern sorted; then the datasets.
     Raises:
         UserError: a file that is not there; no input at all.
     """
@@ -197,9 +197,10 @@ def find_inputs(args, folder):
             for path in expand_files(pattern):
                 if (one := _local(path, source)) is not None:
                     found.setdefault(path, one)
-    if args.dataset_name:
-        split = args.dataset_name, args.dataset_config_name, args.dataset_split
-        found[split] = HubDataset(*split, args.cache_dir, source=len(args.input or []))
+    names = args.dataset_name or []
+    for source, (name, config) in enumerate(zip_longest(names, args.dataset_config_name or []), len(args.input or [])):
+        split = name, config, args.dataset_split
+        found[split] = HubDataset(*split, args.cache_dir, source)
     if not found:
         raise UserError("no text: name files, folders, globs or addresses with --input, or a --dataset_name")
     names = [one.path.name for one in found.values() if isinstance(one, RemoteFile)]

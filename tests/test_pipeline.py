@@ -1,0 +1,486 @@
+"""A pipeline from one YAML: how it is read, what it plans, how its stages run and go on, what its report says."""
+
+import html
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import median, stdev
+
+import pytest
+
+from common.arguments import parse_pretraining_arguments
+from common.errors import UserError
+from common.glue.plan import Run as GlueRun
+from common.glue.summary import DIVERGED, FINISHED, RunResult, write_summary
+from common.logged_process import lock_log
+from common.pipeline import report
+from common.pipeline.collect import collect
+from common.pipeline.config import read_pipeline
+from common.pipeline.plan import STAGES, Command, Stage, plan
+from common.pipeline.run import Stamps, main, refuse_gaps, run_stage
+from common.stop import StopSignals
+from harness import REPOSITORY
+from pretraining import EXTREMEBERT, results, small_run, wait_for_step
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+# The forms that ExtremeBERT publishes: its configs/*.yaml and the pieces of its docs/PIPELINE_CONFIG.md
+SIMPLE = """
+SYSTEM: {NUM_GPUS: 4}
+DATASET:
+  HUGGINGFACE_DATASETS:
+    - [wikipedia, 20220301.simple]
+    - [wikipedia, 20220301.frr]
+PRETRAIN: {NUM_STEPS: 100}
+FINETUNE:
+  MULTIPROCESS_GPU_LIST:
+    - [0, 1]
+    - [2, 3]
+TOKENIZER: {NAME_OR_PATH: bert-large-uncased}
+"""
+LARGE = """
+SYSTEM: {NUM_GPUS: 4, MAX_MEMORY_IN_GB: 64}
+DATASET:
+  HUGGINGFACE_DATASETS:
+    - [wikipedia, 20220301.en]
+    - [bookcorpusopen, plain_text]
+PRETRAIN: {NUM_STEPS: 23000}
+TOKENIZER: {NAME_OR_PATH: bert-large-uncased}
+"""
+CUSTOMIZED = """
+SYSTEM: {NUM_GPUS: 4, MAX_MEMORY_IN_GB: 64}
+DATASET:
+  CUSTOMIZED_DATASETS:
+    - raw_data/wikipedia
+    - raw_data/bookcorpus
+PRETRAIN: {NUM_STEPS: 23000}
+TOKENIZER: {NAME_OR_PATH: bert-large-uncased}
+"""
+DOCUMENTED = """
+SYSTEM: {NUM_GPUS: 4, MAX_MEMORY_IN_GB: 16}
+TOKENIZER: {NAME_OR_PATH: bert-large-uncased}
+DATASET:
+  ENABLED: True
+  ID: bert-dataset
+  HUGGINGFACE_DATASETS:
+    - [wikipedia, 20220301.en]
+    - [bookcorpusopen, plain_text]
+  CUSTOMIZED_DATASETS:
+    - /data/pile
+    - /data/customized-dataset
+PRETRAIN: {ENABLED: True, NUM_STEPS: 23000, OPTIMIZER: adamw, LEARNING_RATE: 1e-3}
+FINETUNE:
+  ENABLED: True
+  MULTIPROCESS_GPU_LIST:
+    - [0, 1]
+    - [2, 3]
+RESULT_COLLECTION: {ENABLED: True}
+WANDB: {API_KEY: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx}
+"""
+SMALL = """
+SYSTEM: {NUM_GPUS: 0}
+DATASET: {EMBEDDED: True}
+PRETRAIN: {model_size: tiny, max_train_steps: 60, max_eval_samples: 32, logging_steps: 1, checkpointing_steps: 5}
+FINETUNE: {tasks: follows, seeds: [7], max_train_samples: 64, max_eval_samples: 64}
+"""
+
+
+def written(folder, text, name="own.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def planned(path, out=Path("runs/x")):
+    """{name of a stage: its commands, as text}."""
+    return {stage.name: [str(command) for command in stage.commands] for stage in plan(read_pipeline(path), out)}
+
+
+def value_of(command, flag):
+    words = command.split()
+    return words[words.index(flag) + 1]
+
+
+# ---- YAML and plan -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_yaml_is_planned_and_nothing_is_written(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(path), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for number, name in enumerate(STAGES, start=1):
+        assert re.search(rf"^{number}\. {name}: .*\n     \S.*\n(     .*\n)*   writes .*; time: \S", said, re.MULTILINE)
+    for script in re.findall(r"(?:bash|python) (\S+\.(?:sh|py)) ", said):
+        assert (tmp_path / script).resolve().is_relative_to(REPOSITORY) and (tmp_path / script).exists()
+    assert "time in all: about" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [SIMPLE, LARGE, CUSTOMIZED, DOCUMENTED])
+def test_extremeberts_files_mean_its_recipe(text, tmp_path, monkeypatch):
+    """Its own command, in tests/pretraining.py, differs where its pipeline does: micro batch, curve, what ends it."""
+    monkeypatch.chdir(REPOSITORY)
+    stages = planned(written(tmp_path, text))
+    assert list(stages) == list(STAGES)
+    (command,) = stages["pretrain"]
+    assert command.startswith("CUDA_VISIBLE_DEVICES=0,1,2,3 bash scripts/run_pretraining.sh '' '' '' runs/x/")
+    words = command.partition("run_pretraining.sh")[2].split()[4:]
+    words = [word for word in words if word not in ("--report_to", "wandb")]  # not installed here
+    found = [
+        {name: value for group in parse_pretraining_arguments(argv)[:3] for name, value in vars(group).items()}
+        for argv in (words, EXTREMEBERT.format(tokenizer="bert-large-uncased", dataset="x", output="x").split())
+    ]
+    ours, theirs = found
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    model = parse_pretraining_arguments(words)[0]
+    assert model.shape == {name: theirs[name] for name in shape}
+    same = (
+        "encoder_ln_mode hidden_dropout_prob attention_probs_dropout_prob learning_rate train_batch_size "
+        "optimizer_type warmup_proportion max_grad_norm weight_decay adam_beta1 adam_beta2 adam_epsilon "
+        "tokenizer_name hidden_act"
+    )
+    assert {name: ours[name] for name in same.split()} == {name: theirs[name] for name in same.split()}
+    steps = 100 if text == SIMPLE else 23000
+    assert (ours["max_train_steps"], ours["total_training_time"], ours["lr_schedule"]) == (steps, None, "step")
+    assert (ours["lr_scheduler_type"], ours["mlm_probability"]) == ("elastic_step_decay", 0.15)
+    assert ("--report_to wandb" in command) == ("WANDB" in text)
+
+
+def test_the_datasets_and_gpus_of_extremeberts_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (command,) = planned(written(tmp_path, SIMPLE))["tokenizer"]
+    wanted = (
+        "--dataset_name wikimedia/wikipedia wikimedia/wikipedia --dataset_config_name 20231101.simple 20231101.frr"
+    )
+    assert wanted in command and "--tokenizer_name bert-large-uncased --output_dir runs/x/data" in command
+    (command,) = planned(written(tmp_path, SIMPLE))["finetune"]
+    assert command.startswith(
+        "CUDA_VISIBLE_DEVICES=0,1,2,3 bash scripts/run_glue_all.sh runs/x/pretrain glue_data '' ddp"
+    )
+    assert "--protocol grid --init_from_mnli true --do_predict" in command and "--num_processes 2" in command
+    stages = planned(written(tmp_path, DOCUMENTED))
+    assert "--input /data/pile /data/customized-dataset" in stages["tokenizer"][0]
+    assert "lucadiliello/bookcorpusopen --dataset_config_name 20231101.en default" in stages["tokenizer"][0]
+    assert "--document_separator blank_line" in stages["tokenizer"][0]
+    assert value_of(stages["tokenizer"][0], "--output_dir") == "runs/x/bert-dataset"
+    assert "xxxxxx" not in str(stages)  # the key is for the environment alone
+    (command,) = planned(written(tmp_path, LARGE))["finetune"]
+    assert "glue_data '' single_gpu --protocol grid" in command and "--num_processes" not in command
+
+
+def test_our_flags_win_and_sections_in_them_have_our_defaults(tmp_path):
+    (command,) = planned(written(tmp_path, SIMPLE.replace("100}", "100, per_device_train_batch_size: 32}")))[
+        "pretrain"
+    ]
+    assert command.count("--per_device_train_batch_size") == 1
+    assert value_of(command, "--per_device_train_batch_size") == "32"
+    (command,) = planned(written(tmp_path, SMALL))["pretrain"]
+    assert "--lr_scheduler_type" not in command and "--train_batch_size" not in command
+    assert "FRUGAL_SEEDS=7 " in planned(written(tmp_path, SMALL))["finetune"][0]
+    text = SMALL.replace("tasks: follows, seeds: [7]", "tasks: [rte, mrpc], seeds: [7], data_dir: g")
+    assert " g 7, cpu " in planned(written(tmp_path, text))["finetune"][0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("PRETRAIN", "PRETRAN", "unknown section PRETRAN: did you mean PRETRAIN?"),
+        ("NUM_STEPS", "NUM_STEP", "PRETRAIN.NUM_STEP is unknown: did you mean NUM_STEPS?"),
+        ("NUM_STEPS: 100", "num_steps: 100", "PRETRAIN.num_steps is unknown: did you mean NUM_STEPS?"),
+        ("NUM_STEPS: 100", "learning_rat: 1", "PRETRAIN.learning_rat is unknown: did you mean learning_rate?"),
+        ("NUM_STEPS: 100", "NUM_STEPS: many", "PRETRAIN.NUM_STEPS: many is not a whole number"),
+        ("NUM_STEPS: 100", "NUM_STEPS: 100, OPTIMIZER: adamv", "OPTIMIZER adamv is unknown: did you mean adamw?"),
+        ("NUM_STEPS: 100", "output_dir: x", "is the pipeline's to set: give --output_dir of run_pipeline.sh"),
+        ("[2, 3]", "[2, 3]\n  warmup_ratio: 2", "FINETUNE: --warmup_ratio 2.0 is out of range"),
+        ("[2, 3]", "[2, 3]\n  tasks: [rte, cila]", "FINETUNE: "),
+        ("NUM_STEPS: 100", "mlm_probability: 2", "PRETRAIN: --mlm_probability 2.0 is out of range"),
+        ("NUM_STEPS: 100", "NUM_STEPS: 100, NUM_STEPS: 200", "line 7: the key NUM_STEPS stands there twice"),
+        ("NUM_GPUS: 4", "NUM_GPUS: 2", "give each GPU once, from 0 to SYSTEM.NUM_GPUS - 1 (1)"),
+        ("[2, 3]", "[2]", "all of one length"),
+        ("[wikipedia, 20220301.frr]", "wikipedia", "wikipedia is not [name, subset]"),
+        ("{NUM_STEPS: 100}", "[NUM_STEPS", "own.yaml, line "),
+        ("PRETRAIN: {NUM_STEPS: 100}", "PRETRAIN: 100", "PRETRAIN is no section: put its keys below it"),
+        ("- [wikipedia, 20220301.simple]\n    - [wikipedia, 20220301.frr]", "[]", "DATASET names no text: give"),
+    ],
+)  # fmt: skip
+def test_a_faulty_yaml_is_named_in_one_line(tmp_path, old, new, said):
+    assert SIMPLE.count(old) == 1
+    path = written(tmp_path, SIMPLE.replace(old, new))
+    with pytest.raises(UserError) as error:
+        plan(read_pipeline(path), tmp_path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert said in str(error.value)
+
+
+def test_what_the_command_line_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        (["absent.yaml"], "absent.yaml: cannot be read"),
+        (["own.yaml", "pretraining"], "stage pretraining is unknown: choose environment"),
+        (["own.yaml", "finetune"], "stage finetune needs data, which is not done: run it first"),
+        (["own.yaml", "--compare_with", "absent"], "--compare_with absent: no such folder"),
+        (["own.yaml", "--dry"], "unrecognized arguments: --dry"),
+    ):
+        written(tmp_path, SMALL)
+        with pytest.raises(UserError, match=re.escape(said)):
+            main(words)
+    written(tmp_path, SIMPLE)
+    with pytest.raises(UserError, match="SYSTEM.NUM_GPUS 4, but this machine shows"):
+        main(["own.yaml"])
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- Stages --------------------------------------------------------------------------------------------------------
+
+
+def shell_stage(out, name, script, **more):
+    return Stage(name, "a test", (Command(("bash", "-c", script)),), out / name, 1.0, **more)
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path):
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def run(stage, out, stop=None):
+    return run_stage(stage, out, Stamps(out), {"PATH": "/usr/bin:/bin"}, stop or StopSignals())
+
+
+def test_a_stage_is_done_once_and_a_failed_one_goes_on(pipeline_folder, capfd):
+    out = pipeline_folder
+    stage = shell_stage(out, "one", f"echo hello; [[ -e {out}/two ]] || exit 2")
+    assert run(stage, out) == 2 and not Stamps(out).is_done(stage)
+    said = capfd.readouterr()
+    assert "hello" in said.out and "error: stage one ended with code 2" in said.err and said.err.count("\n") == 2
+    later = shell_stage(out, "two", f"touch {out}/two")
+    with pytest.raises(UserError, match="stage two needs one, which is not done"):
+        refuse_gaps([stage, later], [later], Stamps(out))
+    assert run(later, out) == 0 and run(stage, out) == 0
+    assert Stamps(out).is_done(stage) and Stamps(out).state(stage) == "done"
+    refuse_gaps([stage, later], [later], Stamps(out))
+    log = (out / "logs" / "one.log").read_text()
+    assert log.count("hello\n") == 2 and log.count(f"$ {stage.commands[0]}\n") == 2
+
+
+def test_changed_settings_are_refused_or_taken_away_with_what_follows(pipeline_folder):
+    out = pipeline_folder
+    stages = [shell_stage(out, name, f"echo {name} --rate 1 > {out}/{name}") for name in ("a", "b", "c")]
+    assert [run(stage, out) for stage in stages] == [0, 0, 0]
+    changed = [stages[0], shell_stage(out, "b", f"echo b --rate 2 > {out}/b"), stages[2]]
+    stamps = Stamps(out)
+    stamps.settle_changes(stages, overwrite=False)
+    with pytest.raises(UserError, match="stage b was made with other settings: --rate 1 .now 2.; --overwrite_output"):
+        stamps.settle_changes(changed, overwrite=False)
+    assert stamps.state(changed[1]) == "was made with other settings"
+    stamps.settle_changes(changed, overwrite=True)
+    assert [stamps.is_done(stage) for stage in changed] == [True, False, False]
+    assert [(out / name).exists() for name in "abc"] == [True, False, False]
+    text = [shell_stage(out, "a", f"echo a --rate 1 > {out}/a", inputs=[["text.txt", 3, 5]])]
+    with pytest.raises(UserError, match="stage a was made with other settings: its text has changed"):
+        stamps.settle_changes(text, overwrite=False)
+
+
+def test_a_signal_ends_the_stage_and_what_outlives_a_pipeline_is_waited_for(pipeline_folder, capfd):
+    out = pipeline_folder
+    slow = shell_stage(out, "slow", f"trap 'echo saved > {out}/saved; exit 1' TERM; touch {out}/up; sleep 60 & wait")
+
+    class Told(StopSignals):  # a signal that comes when the stage is up
+        requested = property(lambda self: signal.SIGTERM if (out / "up").exists() else 0)
+
+    assert run(slow, out, Told()) == 143 and (out / "saved").read_text() == "saved\n"
+    assert not Stamps(out).is_done(slow) and "the same command continues" in capfd.readouterr().out
+    log = out / "logs" / "late.log"
+    with open(log, "ab") as lock:
+        orphan = subprocess.Popen(["bash", "-c", "exec sleep 1"], stdout=lock)
+        assert lock_log(lock)
+    began = time.monotonic()
+    assert run(shell_stage(out, "late", "true"), out) == 0
+    assert orphan.poll() == 0 and time.monotonic() - began > 0.5
+    assert "a process of an earlier call still writes to" in capfd.readouterr().out
+
+
+# ---- Collection ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_sweep_has_scored(tmp_path):
+    scores = {("rte", 1): 0.6, ("rte", 2): 0.5, ("rte", 3): 0.66, ("mrpc", 1): (0.8, 0.7), ("mrpc", 2): (0.9, 0.8)}
+    found = []
+    for (task, seed), score in scores.items():
+        names = ("accuracy",) if task == "rte" else ("accuracy", "f1")
+        metrics = dict(zip(names, score if task == "mrpc" else (score,), strict=True))
+        found.append(RunResult(GlueRun(task, 4e-5, 16, 5.0, seed, f"{task}/{seed}"), FINISHED, metrics))
+    found.append(RunResult(GlueRun("mrpc", 4e-5, 16, 5.0, 3, "mrpc/3"), DIVERGED, message="nan"))
+    write_summary(tmp_path, "a sweep", found, {"rte": {"accuracy": 0.53}, "mrpc": {"accuracy": 0.68, "f1": 0.81}}, [])
+    rte, mrpc = collect(tmp_path)["tasks"]
+    assert rte["median"] == pytest.approx(0.6) and rte["sd"] == pytest.approx(stdev([0.6, 0.5, 0.66]))
+    assert rte["baseline"] == {"name": "the most frequent label", "score": pytest.approx(0.53)}
+    assert mrpc["scores"] == {"1": pytest.approx(0.75), "2": pytest.approx(0.85)} and mrpc["ended_badly"] == 1
+    assert collect(tmp_path)["average"] == pytest.approx((0.6 + 0.8) / 2) and "mnli" in collect(tmp_path)["missing"]
+
+
+# ---- Report --------------------------------------------------------------------------------------------------------
+
+FOLLOWS = {"pretrained": {1: 0.61, 2: 0.59, 3: 0.6025}, "random": {1: 0.55, 2: 0.54, 3: 0.56}}
+
+
+@pytest.fixture(scope="module")
+def folder(harness, tiny_corpus, cache, tmp_path_factory):
+    """A pipeline's folder, of a real pretraining and of scores whose medians are known; another run's beside it."""
+    out = tmp_path_factory.mktemp("pipelines") / "mine"
+    harness.run(*small_run(tiny_corpus, cache, out / "pretrain", "--eval_steps", 10, steps=20)).check()
+    harness.run(*small_run(tiny_corpus, cache, out.parent / "theirs", "--learning_rate", 1e-4, steps=10)).check()
+    for weights, seeds in FOLLOWS.items():
+        for seed, accuracy in seeds.items():
+            run = out / "finetune" / f"{weights}-seed{seed}"
+            run.mkdir(parents=True)
+            (run / "all_results.json").write_text(json.dumps({"task": "own", "eval_accuracy": accuracy}))
+    (out / "results.json").write_text(json.dumps(collect(out / "finetune")))
+    commands = {"pretrain": ["bash scripts/run_pretraining.sh cpu '' '' <b>&amp;"]}
+    facts = {"config": "configs/a.yaml", "text": "a small text", "commands": commands}
+    facts |= {"pretrained": str(out / "pretrain")}
+    (out / "plan.json").write_text(json.dumps(facts))
+    (out / "pipeline.yaml").write_text(SMALL)
+    Stamps(out).finish(Stage("pretrain", "", (), out, 1.0), 83.0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    run, other = (report.read_run(path) for path in (folder, folder.parent / "theirs"))
+    return report.render(run, other)
+
+
+class Page(HTMLParser):
+    """What a page consists of. tags: (name, attributes); text: what a reader sees."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._hidden = [], "", False
+        self.feed(text)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._hidden = tag in ("style", "script")
+
+    def handle_endtag(self, tag):
+        self._hidden = False
+
+    def handle_data(self, data):
+        self.text += "" if self._hidden else f" {data}"
+
+
+def test_the_page_says_what_the_runs_say(page, folder):
+    mine, theirs = results(folder / "pretrain"), results(folder.parent / "theirs")
+    seen = Page(page).text
+    for value in (mine["eval_loss"], mine["unigram_loss"], theirs["eval_loss"]):
+        assert f"{value:.3f}" in seen
+    scores = list(FOLLOWS["pretrained"].values())
+    assert "follows, median of 3 seeds" in seen and f"{100 * median(scores):.2f}" in seen
+    assert f"{100 * stdev(scores):.2f}" in seen and "1: 61.00, 2: 59.00, 3: 60.25" in seen and "55.00" in seen
+    assert f"{mine['train_tokens']:,} tokens in 20 steps" in seen and "was trained on a small text for" in seen
+    assert "learning_rate 0.002 0.0001" in seen and "max_train_steps 20 10" in seen
+    assert "bash scripts/run_pipeline.sh configs/a.yaml" in seen and "<b>&amp;" in html.unescape(page)
+    assert "pretrain 1:23" in seen and "torch" in seen and "[MASK]" in seen
+
+
+def test_the_page_stands_alone_and_is_accessible(page):
+    tags = Page(page).tags
+    assert not {"script", "link", "iframe", "object"} & {name for name, _ in tags}
+    assert "url(" not in page and "@import" not in page
+    images = [attributes for name, attributes in tags if name == "img"]
+    assert len(images) == 4
+    for image in images:
+        assert image["src"].startswith("data:image/svg+xml;base64,") and len(image["alt"]) > 40
+    assert all("scope" in attributes for name, attributes in tags if name == "th")
+    count = [name for name, _ in tags].count
+    assert count("table") == count("caption") and count("h1") == count("main") == 1
+    assert ("html", {"lang": "en"}) in tags and any(attrs.get("name") == "viewport" for _, attrs in tags)
+
+
+def test_a_page_of_a_run_that_has_only_begun(tmp_path):
+    with pytest.raises(UserError, match="neither a pipeline's folder"):
+        report.read_run(tmp_path)
+    facts = {"config": "configs/a.yaml", "commands": {}, "pretrained": str(tmp_path / "pretrain")}
+    (tmp_path / "plan.json").write_text(json.dumps(facts))
+    assert "Nothing has been trained yet." in Page(report.render(report.read_run(tmp_path))).text
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Runs a headless browser on a page with some flags. Returns: (stdout, stderr)."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser on PATH (looked for {', '.join(BROWSERS)})")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def browse(path, *flags):
+        words = [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+        ]
+        words += ["--enable-logging=stderr", "--v=0", *flags, path.as_uri()]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return browse
+
+
+def test_the_page_in_a_real_browser(browser, page, folder, tmp_path):
+    import matplotlib.image
+
+    path = written(tmp_path, page, "report.html")
+    dom, log = browser(path, "--dump-dom")
+    assert f"{results(folder / 'pretrain')['eval_loss']:.3f}" in dom and "60.25" in dom
+    assert "CONSOLE" not in log
+    picture = tmp_path / "page.png"
+    browser(path, "--window-size=1000,1600", f"--screenshot={picture}")
+    image = matplotlib.image.imread(picture)[..., :3]
+    assert image.shape[:2] == (1600, 1000) and image[:600].std() > 0.02
+    # the pictures are drawn: blue lines are somewhere in the upper half of the page
+    blue = (image[..., 2] - image[..., 0] > 0.3).sum()
+    assert blue > 500
+    # on a phone nothing is wider than the screen
+    frame = f'<iframe id="f" style="width:360px;height:640px;border:0" srcdoc="{html.escape(page)}"></iframe>'
+    probe = "onload = () => { document.title = 'width ' + f.contentDocument.documentElement.scrollWidth }"
+    dom, _ = browser(written(tmp_path, f"{frame}<script>{probe}</script>", "phone.html"), "--dump-dom")
+    assert "<title>width 360</title>" in dom
+
+
+# ---- All of it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_a_pipeline_that_is_killed_goes_on_and_ends_with_report_and_zip(harness, tmp_path):
+    """The whole command, with the machine's own environment; about two minutes."""
+    config = written(tmp_path, SMALL)
+    words = ["bash", REPOSITORY / "scripts" / "run_pipeline.sh", config]
+    killed = harness.start_command(*words, cwd=tmp_path)
+    pretrained = tmp_path / "runs" / "own" / "pretrain"
+    wait_for_step(killed, pretrained, 12, timeout=300)
+    killed.kill_group()
+    done = harness.command(*words, cwd=tmp_path, timeout=900).check()
+    out = tmp_path / "runs" / "own"
+    assert "== tokenizer: done already" in done.stdout and "glue.zip: fit to hand in: 11 files" in done.stdout
+    assert results(pretrained)["train_steps"] == 60
+    page = Page((out / "report.html").read_text()).text
+    assert f"{results(pretrained)['eval_loss']:.3f}" in page and "follows" in page
+    again = harness.command(*words, cwd=tmp_path, timeout=300).check()
+    assert [f"== {name}: done already" in again.stdout for name in STAGES[1:-1]] == [True] * 6
+    config.write_text(SMALL.replace("seeds: [7]", "seeds: [8]"))
+    refused = harness.command(*words, cwd=tmp_path).check(2)
+    assert "stage finetune was made with other settings" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -166,7 +166,7 @@ def plot(by_tokens, by_time, path):
             panel.plot([p[index] for p in points], [p[2] for p in points], ".-", color=color, label=name)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-        panel.legend(title="best first")
+        panel.legend(title="best first", loc="lower left")
     panels[0].set_title("equal tokens")
     panels[1].set_title("equal time")
     panels[0].set_ylabel("held-out loss, nats")

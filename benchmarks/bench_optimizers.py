@@ -156,7 +156,7 @@ def best_rate(found):
 
 def plot(by_tokens, by_time, path):
     """Two panels of held-out loss: over tokens, over seconds. Args: dicts of Racer by name; path: of the PNG."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for panel, racers, index, label in zip(
         panels, (by_tokens, by_time), (0, 1), ("tokens", "seconds of training"), strict=True
     ):
@@ -166,7 +166,7 @@ def plot(by_tokens, by_time, path):
             panel.plot([p[index] for p in points], [p[2] for p in points], ".-", color=color, label=name)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-        panel.legend(title="best first")
+        panel.legend(title="best first", loc="upper left", bbox_to_anchor=(1, 1))
     panels[0].set_title("equal tokens")
     panels[1].set_title("equal time")
     panels[0].set_ylabel("held-out loss, nats")

@@ -274,12 +274,14 @@ FAMILIES = {
         _with_masked_positions(AlbertMixin, AlbertForMaskedLM),
         pairs=_with_masked_positions(AlbertPairsMixin, AlbertForPreTraining),
     ),
-    "deberta": Family(DebertaConfig, _with_masked_positions(DebertaMixin, DebertaForMaskedLM), DEBERTA, DEBERTA_HEAD),
+    "deberta": Family(
+        DebertaConfig, _with_masked_positions(DebertaMixin, DebertaForMaskedLM), DEBERTA, renamed=DEBERTA_HEAD
+    ),
     "deberta-v2": Family(
         DebertaV2Config,
         _with_masked_positions(DebertaMixin, DebertaV2ForMaskedLM),
         DEBERTA | DEBERTA_V3,
-        DEBERTA_HEAD,
+        renamed=DEBERTA_HEAD,
     ),
     "modernbert": Family(
         ModernBertConfig,

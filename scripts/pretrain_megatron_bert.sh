@@ -9,7 +9,8 @@
 #                       argument that begins with - ends the positional ones
 # The recipe: rows of 512 tokens, 1,024 in a batch, 2 million steps; AdamW 0.9/0.999 with weight decay 0.01, learning
 # rate 1e-4 after 10,000 steps of warm-up, linearly down to 1e-5; gradients clipped at 1.0; dropout 0.1; 15 % of the
-# tokens predicted, in n-grams of whole words. What a device takes at once is found out.
+# tokens predicted, in n-grams of whole words. What a device takes at once is found out. The recipe's sentence order
+# needs text prepared with --split_sentences: give --sentence_objective sop then.
 # Relative paths, and the default output runs/<time>, are relative to the folder you stand in.
 set -euo pipefail
 

@@ -84,8 +84,11 @@ WANDB: {API_KEY: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx}
 SMALL = """
 SYSTEM: {NUM_GPUS: 0}
 DATASET: {EMBEDDED: True}
-PRETRAIN: {model_size: tiny, max_train_steps: 60, max_eval_samples: 32, logging_steps: 1, checkpointing_steps: 5}
+PRETRAIN:
+  {model_size: tiny, max_train_steps: 60, max_eval_samples: 32, logging_steps: 1, checkpointing_steps: 5,
+   report_to: none}
 FINETUNE: {tasks: follows, seeds: [7], max_train_samples: 64, max_eval_samples: 64}
+WANDB: {API_KEY: a-key-for-no-file}
 """
 
 
@@ -478,6 +481,8 @@ def test_a_pipeline_that_is_killed_goes_on_and_ends_with_report_and_zip(harness,
     assert results(pretrained)["train_steps"] == 60
     page = Page((out / "report.html").read_text()).text
     assert f"{results(pretrained)['eval_loss']:.3f}" in page and "follows" in page
+    with_key = [path for path in out.rglob("*") if path.is_file() and b"a-key-for-no-file" in path.read_bytes()]
+    assert not with_key
     again = harness.command(*words, cwd=tmp_path, timeout=300).check()
     assert [f"== {name}: done already" in again.stdout for name in STAGES[1:-1]] == [True] * 6
     config.write_text(SMALL.replace("seeds: [7]", "seeds: [8]"))

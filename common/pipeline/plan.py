@@ -5,7 +5,6 @@ import shlex
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from common.arguments import parse_pretraining_arguments
 from common.data.documents import expand_files
@@ -15,6 +14,7 @@ from common.errors import UserError
 from common.glue.plan import PROTOCOLS, plan_runs, read_seeds, read_tasks
 from common.glue.sweep import parse_sweep_arguments
 from common.glue_arguments import parse_glue_arguments
+from common.models.families import FAMILIES
 from common.pipeline.config import FOLLOWS, GLUE_DIR
 from common.prepare.arguments import parse_command
 from common.progress import format_duration
@@ -256,7 +256,7 @@ class _Planner:
             return None, "depends on the text" if not args.max_train_steps else "depends on the weights"
         rows = args.max_train_steps * args.train_batch_size
         targets = rows * targets_per_row(data.mlm_probability, data.max_seq_length)
-        config = SimpleNamespace(**model.shape, vocab_size=model.vocab_size or VOCABULARY)
+        config = FAMILIES[model.family].config(**model.shape, vocab_size=model.vocab_size or VOCABULARY)
         flops = masked_flops(config, rows * data.max_seq_length, targets, data.max_seq_length)
         return self._seconds(flops, self.gpus or None)
 

@@ -71,13 +71,13 @@ def main(argv=None):
     stamps.settle_changes(stages, args.overwrite_output_dir)
     refuse_gaps(stages, chosen, stamps)
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(args.config, out / "pipeline.yaml")
+    env, text = os.environ | {"PYTHONUNBUFFERED": "1"}, Path(args.config).read_text(encoding="utf-8")
+    if key := pipeline.sections["WANDB"].get("API_KEY"):
+        env["WANDB_API_KEY"], text = key, text.replace(key, "...")  # in no file, which the report may show
+    write_whole(out / "pipeline.yaml", text)
     write_whole(out / "plan.json", json.dumps(_facts(pipeline, stages), indent=2) + "\n")
     stop = StopSignals()
     stop.listen()
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if key := pipeline.sections["WANDB"].get("API_KEY"):
-        env["WANDB_API_KEY"] = key  # never on a command line or in a stamp
     began = time.monotonic()
     for stage in chosen:
         if stamps.is_done(stage) and not stage.always:

@@ -70,7 +70,7 @@ class MaskedPositionsMixin:
 
     def _run_layers(self, hidden, contexts, document_ids, wanted):
         """What the encoder makes of the embeddings [B, S, H], at the positions `wanted`: [B, N, H]."""
-        *layers, last = self._layers()
+        *layers, last = self.called_layers()
         for layer in layers:
             hidden = layer(hidden, contexts[0])
         return self._last_norm(last(hidden, contexts[1], wanted))
@@ -79,7 +79,7 @@ class MaskedPositionsMixin:
         encoder = self.base_model.encoder
         return encoder.ln(hidden) if hasattr(encoder, "ln") else hidden  # of the pre-norm family
 
-    def _layers(self):
+    def called_layers(self):
         """The layers in the order in which they are called; one may be there several times."""
         return self.base_model.encoder.layer
 
@@ -114,7 +114,7 @@ class AlbertMixin(MaskedPositionsMixin):
     def _embed(self, *embedded):
         return self.base_model.encoder.embedding_hidden_mapping_in(super()._embed(*embedded))
 
-    def _layers(self):
+    def called_layers(self):
         groups, layers = self.base_model.encoder.albert_layer_groups, self.config.num_hidden_layers
         chosen = (groups[number * len(groups) // layers] for number in range(layers))
         return [layer for group in chosen for layer in group.albert_layers]
@@ -204,7 +204,7 @@ class ModernBertMixin(MaskedPositionsMixin):
     def _embed(self, input_ids, position_ids):
         return self.base_model.embeddings(input_ids)
 
-    def _layers(self):
+    def called_layers(self):
         return self.base_model.layers
 
     def _last_norm(self, hidden):

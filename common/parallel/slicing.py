@@ -106,11 +106,13 @@ def narrow_layers(model, layers, slices):
 
 
 def transformer_layers(model):
-    """The layers of a transformers model: its longest list of modules.
+    """The layers of a transformers model: those it says it calls (called_layers), or its longest list of modules.
 
     Raises:
         UserError: it has none.
     """
+    if hasattr(model, "called_layers"):
+        return list(dict.fromkeys(model.called_layers()))
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of layers to cut: choose accelerate_configs/ddp.yaml")

@@ -75,7 +75,8 @@ def test_a_shape_that_cannot_be_cut_is_refused(harness, tiny_corpus, cache, tmp_
 def test_a_family_without_a_plan_is_refused(harness, tiny_corpus, cache, tmp_path):
     shape = "n_embd=32,n_layer=2,n_head=2,n_positions=128"
     words = causal_run(tiny_corpus, cache, tmp_path / "out", "--model_type", "gpt2", steps=1, overrides=shape)
-    refused(harness, tmp_path, words, "a gpt2 has no plan for tensor parallelism; known are bert, megatron-bert, roberta, opt")
+    says = "a gpt2 has no plan for tensor parallelism; known are bert, megatron-bert, roberta, opt"
+    refused(harness, tmp_path, words, says)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ that have not go to Rust together.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from common.data.word_cache import MAX_BYTES, BoundedCache
+from common.data.word_cache import BoundedCache
 
 CHUNKS = re.compile(r"[ \t\n\r]*[^ \t\n\r]+|[ \t\n\r]+").findall
 END_OF_CHUNK = re.compile(r"[^ \t\n\r](?=[ \t\n\r])").search
@@ -20,9 +20,6 @@ PART_CHARACTERS = 1 << 20  # of a long document are cut at once
 
 class ByteLevelCache(BoundedCache):
     """From a chunk of text, white space in front, to its ids, as bytes."""
-
-    def __init__(self, encode_by_rust: Callable, max_bytes: int = MAX_BYTES):
-        super().__init__(encode_by_rust, max_bytes)
 
     def encode(self, documents: list[str]) -> list[bytes]:
         """The ids of each document, as bytes."""

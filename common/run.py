@@ -16,6 +16,7 @@ from common.limits import WARM_UP_STEPS, Limits, due
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog, write_all_results
+from common.resume import saved_settings
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, judged_weights, refuse_infinite_weights, save_pretrained
@@ -31,7 +32,7 @@ class Run:
         accelerator, model, optimizer: as accelerator.prepare returned the last two.
         args: common.arguments.TrainingArguments.
         rows: number of rows in one pass over the data.
-        settings: dict of plain values that a continued run must share with its checkpoint.
+        settings: common.resume.Settings, plain values that a continued run must share with its checkpoint.
         output_dir: Path; say: function that prints on the main process.
         stop: StopSignals.
         ema_decay: of an average of the weights, which is saved beside the model; None = there is none.
@@ -88,9 +89,10 @@ class Run:
         self.metrics_log.truncate_after(self.state.completed_steps)
         used = f"step {self.state.completed_steps:,}, {self.clock.used_hours:.3f} hours used"
         self.say(f"continuing from {checkpoint}: {used}")
+        before = saved_settings(self.saved["settings"], self.settings)
         for name, value in self.settings.items():
-            if value != self.saved["settings"][name]:
-                self.say(f"note: {name} is now {value}; it was {self.saved['settings'][name]}")
+            if value != before[name]:
+                self.say(f"note: {name} is now {value}; it was {before[name]}")
 
     def steps(self, batches, eval_batches, tokenizer, meter, label, compiling=False, cap=None):
         """Yield what `batches` yields until a limit is reached or a signal comes; the caller makes the steps.

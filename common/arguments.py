@@ -6,12 +6,14 @@ anything is loaded. The dataclasses are read-only after parsing.
 
 import sys
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import torch
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
+from common.length_stages import Stage, parse_stages, refuse_empty_stages
 from common.models.presets import DEVIATION, MEGATRON_SIZES, MODEL_SIZES, SIZES_BY_TYPE, deviation, model_shape
 from common.parallel import launched_engine
 from common.training_arguments import TextArguments, TrainingArguments, check_text, check_training
@@ -132,6 +134,12 @@ class DataArguments(TextArguments):
     """The text, and how it becomes rows for masked-language modelling."""
 
     max_seq_length: int = HfArg(default=128, help="Tokens in a row.")
+    max_seq_length_stages: str | None = HfArg(
+        default=None,
+        help="Rows that grow in the course of the run, as in 128:0.9,512:0.1: lengths with their shares of the steps, "
+        "or of the time where the learning rate follows it. Batch sizes, epochs and validation are those of the last "
+        "length; of shorter rows a device takes as many more, so that every step has the same tokens.",
+    )
     packing: str = HfArg(
         default="documents",
         help="documents: documents share a row but do not see each other; concat: one stream cut into rows.",
@@ -157,6 +165,13 @@ class DataArguments(TextArguments):
         help="Also judge pairs of texts, one pair in a row: sop (are two texts of a document in order?) or nsp (does "
         "the second follow the first?); needs token files of sentences in --dataset_path.",
     )
+
+    @property
+    def stages(self):
+        """Stages of --max_seq_length_stages; one where all rows have one length."""
+        if self.max_seq_length_stages:
+            return parse_stages(self.max_seq_length_stages)
+        return [Stage(self.max_seq_length, Fraction(1))]
 
 
 @dataclass
@@ -199,6 +214,7 @@ def parse_pretraining_arguments(argv=None):
         model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
         if training.optimizer_type != "muon":
             notes = [*notes, "note: this YAML cuts matrices, which Muon needs whole: AdamW takes its place"]
+    _settle_length(data)
     _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
@@ -206,6 +222,7 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    _check_stages(data, training)
     if training.ema_decay is not None:
         between(training, "ema_decay", 0, 1, lower_open=True, upper_open=True)
     if data.final_mlm_probability is not None and training.lr_schedule == "time":
@@ -262,6 +279,30 @@ def _check_model(model, data, defaults):
             f"--max_seq_length {data.max_seq_length} is above --max_position_embeddings "
             f"{model.max_position_embeddings}: shorten the rows or enlarge the model's positions"
         )
+
+
+def _settle_length(data):
+    """Let --max_seq_length be that of the last stage: the longest rows decide what does not change in a run."""
+    if data.max_seq_length_stages == "":
+        raise UserError("--max_seq_length_stages is empty: give a value, or leave the flag out")
+    if not data.max_seq_length_stages:
+        return
+    longest = data.stages[-1].length
+    if data.max_seq_length not in (DataArguments.max_seq_length, longest):
+        raise UserError(
+            f"--max_seq_length {data.max_seq_length} contradicts --max_seq_length_stages "
+            f"{data.max_seq_length_stages}: drop it"
+        )
+    data.max_seq_length = longest
+
+
+def _check_stages(data, training):
+    if data.max_seq_length_stages and training.throughput_steps:
+        raise UserError(
+            "--throughput_steps contradicts --max_seq_length_stages: measure each length by itself (--max_seq_length)"
+        )
+    if training.lr_schedule == "step" and training.max_train_steps:
+        refuse_empty_stages(data.stages, training.max_train_steps)
 
 
 def _check_data(data):

@@ -154,7 +154,8 @@ class Run:
 
         warm = args.throughput_steps is not None and state.completed_steps == WARM_UP_STEPS
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)
-        if log_due or self.reason in LAST_LOG or warm:
+        stage_ends = self.batches.rows_at(limits.schedule_progress) is not self.batches.rows
+        if log_due or self.reason in LAST_LOG or warm or stage_ends:  # a logged speed is of rows of one length
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
             metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
             self.log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / self.rows})
@@ -179,8 +180,11 @@ class Run:
         self._begin_step()
 
     def _begin_step(self):
-        """Let the strategy accumulate the micro-batches of the next step."""
-        self.step_rows, accumulation = self.batches.next_step(self.state.consumed_rows)
+        """Let the data and the strategy make ready for the next step: its length of rows, its micro-batches."""
+        consumed, rows = self.state.consumed_rows, self.batches.rows
+        self.step_rows, accumulation = self.batches.next_step(consumed, self.limits.schedule_progress)
+        if rows is not self.batches.rows:
+            self.bar.note(f"after step {self.state.completed_steps:,}: rows of {self.batches.rows.seq_length} tokens")
         if accumulation != self.accelerator.gradient_accumulation_steps:
             parallel.set_accumulation(self.accelerator, accumulation)
             self.bar.note(f"after step {self.state.completed_steps:,}: global batch {self.step_rows:,} rows")

@@ -72,6 +72,16 @@ def test_pairs_of_sentences(harness, sentences, cache, tmp_path, family, objecti
     harness.run("run_glue.py", *flags).check()
 
 
+def test_pairs_that_grow_longer(harness, sentences, cache, tmp_path):
+    """A pair is as many sentences as fit the rows of a stage."""
+    flags = ["--sentence_objective", "sop", "--max_seq_length_stages", "32:0.5,64:0.5", "--checkpointing_steps", 2]
+    flags += ["--save_total_limit", 9]
+    words_for = lambda out: pairs_run(sentences, cache, out, *flags, steps=8)  # noqa: E731
+    assert "after step 4: rows of 64 tokens" in harness.run(*words_for(tmp_path / "whole")).check().stdout
+    assert 0 < results(tmp_path / "whole")["eval_sentence_loss"] < 2
+    assert_continues(harness, words_for, tmp_path / "whole", tmp_path / "continued", 6)
+
+
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp", "tensor_parallel"])
 def test_pairs_on_two_processes_equal_one(harness, sentences, cache, tmp_path, config):
     flags = ["--sentence_objective", "sop", "--optimizer_type", "adamw", "--learning_rate", 3e-3]

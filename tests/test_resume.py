@@ -175,7 +175,10 @@ def test_a_checkpoint_from_before_a_flag_counts_as_its_default(harness, tiny_cor
     words = small_run(tiny_corpus, cache, old, *flags, "--resume_from_checkpoint", old / "step_2", steps=4)
     for flags, named in (
         (["--masking", "ngram"], "masking token (now ngram)"),
-        (["--rampup_batch_size", 4, 4, 40, "--per_device_train_batch_size", 4], "rampup_batch_size [] (now [4, 4, 40])"),
+        (
+            ["--rampup_batch_size", 4, 4, 40, "--per_device_train_batch_size", 4],
+            "rampup_batch_size [] (now [4, 4, 40])",
+        ),
     ):
         assert named in harness.run(*words, *flags).check(2).stderr
     result = harness.run(*words).check()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -22,9 +24,10 @@ from common.models.causal import set_attention
 from common.models.families import FAMILIES
 from common.models.layers import make_fast, use_attention
 from common.models.presets import feed_forward_size
-from common.optimizers import hidden_matrices
+from common.optimizers import build_optimizer, find_optimizer_class, hidden_matrices
 from common.parallel.slicing import narrow_layers, transformer_layers
 
+MOST_QUESTIONS = 10**5  # of an optimizer in a step, for the value of a number
 _known = {}  # Footprint by what it was measured for: tracing takes a second
 
 
@@ -102,6 +105,48 @@ def parameter_count(config, head="causal"):
         config: transformers configuration; head: "causal" or "masked".
     """
     return _count(config, head)["parameters"]
+
+
+def optimizer_state(config, args):
+    """How many numbers of 32 bits an optimizer keeps for each number of a causal model: of AdamW 2.
+
+    It makes a step on fake tensors; wherever it asks for a number, to go by it, it is told 1.
+
+    Args:
+        config: transformers configuration; args: as common.optimizers.build_optimizer.
+    Returns:
+        float; None where it cannot be told so.
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    find_optimizer_class(args.optimizer_type)
+    with FakeTensorMode(), torch.device("cpu"), _AnsweredByOne():
+        with no_init_weights():
+            model = _build(config, "causal", 1)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = build_optimizer(model, args, trial=False)
+            optimizer.step()
+        except Exception:  # of one that goes by more than single numbers, or that the run will refuse
+            return None
+    kept = {id(leaf): leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values()) / (4 * _numbers(model))
+
+
+class _AnsweredByOne(TorchDispatchMode):
+    """Fake tensors that give 1 where a number is asked for, which they have not."""
+
+    questions = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if function is not torch.ops.aten._local_scalar_dense.default:
+            return function(*args, **(kwargs or {}))
+        self.questions += 1
+        if self.questions > MOST_QUESTIONS:
+            raise RuntimeError("it would go on until a number changes")
+        return 1.0 if args[0].is_floating_point() else 1
 
 
 def _count(config, head, slices=1):

@@ -47,8 +47,8 @@ class Workload:
     """What a process is to train.
 
     config: transformers configuration. rows: in a micro-batch; seq_length: tokens in a row. precision: "fp32", "bf16"
-    or "fp16". optimizer_type: as --optimizer_type; state: numbers that it keeps for each parameter, None where its type
-    says it. strategy: a name in STRATEGIES;
+    or "fp16". optimizer_type: as --optimizer_type; state: numbers that it keeps for each parameter, None where the
+    type says it. strategy: a name in STRATEGIES;
     slices: processes that share each layer's matrices and the rows (tensor parallelism); ranks: processes that read
     different rows; replicas: groups of them that repeat each other (HSDP); offload: the optimizer in the host's
     memory; offload_parameters: the parameters too. accumulation: micro-batches in a step. head: "causal", or "masked"

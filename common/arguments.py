@@ -4,11 +4,14 @@ Everything that can be judged from the flags alone is judged here, so that a bad
 anything is loaded. The dataclasses are read-only after parsing.
 """
 
+import json
 import sys
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
@@ -61,6 +64,23 @@ REPLACED_FLAGS = {
 MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert", "megatron-bert")
 ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
 
+# What --config_name sets, by the names that a configuration and the flags share; what else it may say of the layers,
+# with the values that are trained.
+IN_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "vocab_size",
+    "initializer_range",
+)
+FIXED_IN_CONFIG = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "is_decoder": False}
+
 # What may still be chosen when the model is given by its weights.
 FREE_WITH_WEIGHTS = (
     "model_name_or_path",
@@ -87,6 +107,12 @@ class ModelArguments:
     )
     model_name_or_path: str | None = HfArg(
         default=None, help="Continue from these weights (hub name or folder) instead of random ones."
+    )
+    config_name: str | None = HfArg(
+        default=None,
+        aliases=["--bert_config_path"],
+        help="Shape, dropout and initialisation of this configuration of a BERT (file, folder or hub name) instead of "
+        "a preset's; flags that are given win over it.",
     )
     encoder_ln_mode: str | None = HfArg(
         default=None, help="post-ln (BERT, default) or pre-ln (trained and saved as transformers' megatron-bert)."
@@ -210,6 +236,9 @@ def parse_pretraining_arguments(argv=None):
         one_of("parity", training.parity, list(PARITY))
         defaults = PARITY[training.parity]
         model, data, training = parse(GROUPS, argv, **defaults)
+    if model.config_name:
+        defaults = defaults | _of_config(model)
+        model, data, training = parse(GROUPS, argv, **defaults)
     if training.optimizer_type == "muon" and launched_engine() != "plain":
         model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
         if training.optimizer_type != "muon":
@@ -236,6 +265,31 @@ def parse_pretraining_arguments(argv=None):
 def frozen_flags():
     """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
     return flag_names(GROUPS)
+
+
+def _of_config(model):
+    """What --config_name says of the model, by flag."""
+    name, default = model.config_name, {field.name: field.default for field in fields(model)}
+    for other in ("model_name_or_path", "model_size"):
+        if getattr(model, other) != default[other]:
+            raise UserError(f"--config_name contradicts --{other}: both choose the model's shape; drop one of them")
+    try:
+        if Path(name).is_file():
+            found = json.loads(Path(name).read_text(encoding="utf-8"))
+        else:
+            found = AutoConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--config_name {name} cannot be read: give a config.json, a folder or a hub name") from error
+    if not isinstance(found, dict) or found.get("model_type", "bert") != "bert":
+        raise UserError(f"--config_name {name} is no BERT's: choose --model_type and --model_size, and shape flags")
+    if model.model_type not in ("bert", "bert-mlm"):
+        raise UserError(
+            f"--model_type {model.model_type} contradicts --config_name, which is a BERT's: drop one of them"
+        )
+    for key, value in FIXED_IN_CONFIG.items():
+        if found.get(key, value) != value:
+            raise UserError(f"--config_name {name}: {key} {found[key]} is not trained: set it to {value}")
+    return {key: found[key] for key in IN_CONFIG if key in found}
 
 
 def _check_model(model, data, defaults):

@@ -183,7 +183,7 @@ def estimate(workload, libraries=0):
         backward += model.kept[1]
     kept, backward = workload.rows * kept + copies, workload.rows * backward
     of_output = 4 * model.output  # the gradient of the head's matrix
-    loss, of_hidden = _loss_bytes(workload, model, mixed)
+    loss, of_hidden = loss_bytes(workload, model, mixed)
     at_loss, at_end, at_update = _buffers(workload, model, mixed)
 
     parts = {
@@ -261,8 +261,14 @@ def _update_bytes(workload, model):
     return 0 if workload.optimizer_type in MOMENTS else 4 * model.parameters
 
 
-def _loss_bytes(workload, model, mixed):
-    """(all that common.models.cross_entropy holds at once, the gradient of the hidden states in it)."""
+def loss_bytes(workload, model, mixed):
+    """What common.models.cross_entropy holds for a micro-batch.
+
+    Args:
+        workload: Workload; model: its footprint(); mixed: whether products are in 16 bits.
+    Returns:
+        bytes: (all at once, the gradient of the hidden states in it).
+    """
     vocabulary = workload.config.vocab_size
     positions = workload.rows * (workload.targets or workload.seq_length)
     of_hidden = 4 * positions * (model.output // vocabulary)

@@ -35,14 +35,15 @@ _known = {}  # Footprint by what it was measured for: tracing takes a second
 class Footprint:
     """Sizes of a model, or of one process's part of it, and of what it keeps; pairs are (outside the layers, in each).
 
-    layers: their number. parameters: numbers, tied ones once. largest_layer: numbers in it. output: numbers in the
-    matrix of the head, [V, E]. tied: whether that is the embedding's too. matrices: numbers in the hidden matrices;
-    largest_stack: in those of one shape together. kept: pair of bytes per row. layer_input: bytes per row. widest:
-    bytes per row of the largest tensor kept. copies: pair of bytes of weights kept again, joined or in fewer bits.
-    traced: False where `kept` is the general figure.
+    layers: their number; own_layers: those with weights of their own. parameters: numbers, tied ones once.
+    largest_layer: numbers in it. output: numbers in the matrix of the head, [V, E]. tied: whether that is the
+    embedding's too. matrices: numbers in the hidden matrices; largest_stack: in those of one shape together. kept:
+    pair of bytes per row. layer_input: bytes per row. widest: bytes per row of the largest tensor kept. copies: pair
+    of bytes of weights kept again, joined or in fewer bits. traced: False where `kept` is the general figure.
     """
 
     layers: int
+    own_layers: int
     parameters: int
     largest_layer: int
     output: int
@@ -159,6 +160,7 @@ def _count(config, head, slices=1):
     output = model.get_output_embeddings().weight
     return {
         "layers": config.num_hidden_layers,
+        "own_layers": max(map(len, stacks), default=0),
         "parameters": _numbers(model),
         "largest_layer": max((_numbers(layer) for stack in stacks for layer in stack), default=0),
         "output": output.numel(),
@@ -206,28 +208,45 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
     autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with FakeTensorMode(), torch.device("cpu"):
         with no_init_weights():  # some look at the numbers
-            model = _build(config, head, slices).train()
-        model.tie_weights()
-        ids = torch.zeros(rows, seq_length, dtype=torch.int64)
-        if head == "masked":
-            make_fast(model)
-            use_attention(model, attention)
-            model.packs_documents = packed
-            some = torch.zeros(rows, targets, dtype=torch.int64)
-            batch = {"position_ids": ids, "document_ids": ids, "masked_positions": some, "masked_labels": some}
-            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
-            run = model
-        else:
-            set_attention(model, attention)
-            mask = same_document_mask(ids, torch.float32)
-            batch = {"attention_mask": mask, "position_ids": ids} if packed else {}
-            run = model.base_model
+            model, run = ready_step(config, seq_length, head, targets, packed, attention, slices)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            output = run(input_ids=ids, **batch)
+            output = run(rows)
         keep(output[0])
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def ready_step(config, seq_length, head="causal", targets=None, packed=False, attention="sdpa", slices=1):
+    """A model as it is trained, and its forward pass on rows without content.
+
+    Args:
+        as footprint().
+    Returns:
+        (model, function of a number of rows): what that returns begins with the loss of a masked model, or with the
+        hidden states of a causal one.
+    """
+    model = _build(config, head, slices).train()
+    model.tie_weights()
+    if head == "masked":
+        make_fast(model)
+        use_attention(model, attention)
+        model.packs_documents = packed
+    else:
+        set_attention(model, attention)
+
+    def run(rows):
+        ids = (torch.arange(seq_length) % config.vocab_size).repeat(rows, 1)
+        if head == "masked":
+            one = torch.ones_like(ids)  # all of a row is one document
+            some = torch.zeros(rows, targets, dtype=torch.int64)
+            batch = {"position_ids": ids, "document_ids": one, "masked_positions": some, "masked_labels": some}
+            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
+            return model(input_ids=ids, **batch)
+        batch = {"attention_mask": same_document_mask(ids, torch.float32), "position_ids": ids} if packed else {}
+        return model.base_model(input_ids=ids, **batch)
+
+    return model, run
 
 
 def _general_figure(config, seq_length, precision):

@@ -14,14 +14,16 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from common.data.workers import Workers
 from common.errors import UserError, run_main
 from common.prepare.arguments import chosen_shards, parse_command
+from common.prepare.encoding import make_shard_encoder
 from common.prepare.inputs import find_inputs
 from common.prepare.inspect import inspect
 from common.prepare.merge import SPLITS, merge
 from common.prepare.needs import announce
 from common.prepare.settings import make_settings
-from common.prepare.shards import plan_shards
+from common.prepare.shards import ShardFiles, plan_shards
 from common.prepare.tokenize import tokenize
 
 WRITTEN = (
@@ -54,9 +56,14 @@ def main(argv=None):
             for one, *_ in shard.parts:
                 one.fetch(say)
         return 0
-    settings = make_settings(args, shards, folder, say)
-    if command != "merge":
-        tokenize(chosen, folder / "shards", settings, args, workers, say)
+    with Workers(make_shard_encoder, workers, flag="--workers") as processes:
+        if command != "merge" and not all(
+            ShardFiles(folder / "shards", shard).described_in.exists() for shard in chosen
+        ):
+            processes.start()  # in the time that the tokenizer takes
+        settings = make_settings(args, shards, folder, say)
+        if command != "merge":
+            tokenize(chosen, folder / "shards", settings, args, processes, say)
     if command != "tokenize":
         merge(shards, folder, settings, args, say)
     return 0

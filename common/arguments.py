@@ -4,14 +4,19 @@ Everything that can be judged from the flags alone is judged here, so that a bad
 anything is loaded. The dataclasses are read-only after parsing.
 """
 
+import json
 import sys
 from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
+from common.length_stages import Stage, parse_stages, refuse_empty_stages
 from common.models.electra import DISCRIMINATOR_WEIGHT, GENERATOR_WEIGHT
 from common.models.presets import (
     DEVIATION,
@@ -68,6 +73,23 @@ REPLACED_FLAGS = {
 MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert", "megatron-bert", "electra")
 ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
 
+# What --config_name sets, by the names that a configuration and the flags share; what else it may say of the layers,
+# with the values that are trained.
+IN_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "vocab_size",
+    "initializer_range",
+)
+FIXED_IN_CONFIG = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "is_decoder": False}
+
 # What may still be chosen when the model is given by its weights.
 FREE_WITH_WEIGHTS = (
     "model_name_or_path",
@@ -98,6 +120,12 @@ class ModelArguments:
     )
     model_name_or_path: str | None = HfArg(
         default=None, help="Continue from these weights (hub name or folder) instead of random ones."
+    )
+    config_name: str | None = HfArg(
+        default=None,
+        aliases=["--bert_config_path"],
+        help="Shape, dropout and initialisation of this configuration of a BERT (file, folder or hub name) instead of "
+        "a preset's; flags that are given win over it.",
     )
     encoder_ln_mode: str | None = HfArg(
         default=None, help="post-ln (BERT, default) or pre-ln (trained and saved as transformers' megatron-bert)."
@@ -169,6 +197,12 @@ class DataArguments(TextArguments):
     """The text, and how it becomes rows for masked-language modelling."""
 
     max_seq_length: int = HfArg(default=128, help="Tokens in a row.")
+    max_seq_length_stages: str | None = HfArg(
+        default=None,
+        help="Rows that grow in the course of the run, as in 128:0.9,512:0.1: lengths with their shares of the steps, "
+        "or of the time where the learning rate follows it. Batch sizes, epochs and validation are those of the last "
+        "length; of shorter rows a device takes as many more, so that every step has the same tokens.",
+    )
     packing: str = HfArg(
         default="documents",
         help="documents: documents share a row but do not see each other; concat: one stream cut into rows.",
@@ -194,6 +228,13 @@ class DataArguments(TextArguments):
         help="Also judge pairs of texts, one pair in a row: sop (are two texts of a document in order?) or nsp (does "
         "the second follow the first?); needs token files of sentences in --dataset_path.",
     )
+
+    @property
+    def stages(self):
+        """Stages of --max_seq_length_stages; one where all rows have one length."""
+        if self.max_seq_length_stages:
+            return parse_stages(self.max_seq_length_stages)
+        return [Stage(self.max_seq_length, Fraction(1))]
 
 
 @dataclass
@@ -232,10 +273,14 @@ def parse_pretraining_arguments(argv=None):
         one_of("parity", training.parity, list(PARITY))
         defaults = PARITY[training.parity]
         model, data, training = parse(GROUPS, argv, **defaults)
+    if model.config_name:
+        defaults = defaults | _of_config(model)
+        model, data, training = parse(GROUPS, argv, **defaults)
     if training.optimizer_type == "muon" and launched_engine() != "plain":
         model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
         if training.optimizer_type != "muon":
             notes = [*notes, "note: this YAML cuts matrices, which Muon needs whole: AdamW takes its place"]
+    _settle_length(data)
     _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
@@ -243,6 +288,7 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    _check_stages(data, training)
     if training.ema_decay is not None:
         between(training, "ema_decay", 0, 1, lower_open=True, upper_open=True)
     if data.final_mlm_probability is not None and training.lr_schedule == "time":
@@ -256,6 +302,31 @@ def parse_pretraining_arguments(argv=None):
 def frozen_flags():
     """Every flag of run_pretraining.py, sorted, for the test that freezes them."""
     return flag_names(GROUPS)
+
+
+def _of_config(model):
+    """What --config_name says of the model, by flag."""
+    name, default = model.config_name, {field.name: field.default for field in fields(model)}
+    for other in ("model_name_or_path", "model_size"):
+        if getattr(model, other) != default[other]:
+            raise UserError(f"--config_name contradicts --{other}: both choose the model's shape; drop one of them")
+    try:
+        if Path(name).is_file():
+            found = json.loads(Path(name).read_text(encoding="utf-8"))
+        else:
+            found = AutoConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--config_name {name} cannot be read: give a config.json, a folder or a hub name") from error
+    if not isinstance(found, dict) or found.get("model_type", "bert") != "bert":
+        raise UserError(f"--config_name {name} is no BERT's: choose --model_type and --model_size, and shape flags")
+    if model.model_type not in ("bert", "bert-mlm"):
+        raise UserError(
+            f"--model_type {model.model_type} contradicts --config_name, which is a BERT's: drop one of them"
+        )
+    for key, value in FIXED_IN_CONFIG.items():
+        if found.get(key, value) != value:
+            raise UserError(f"--config_name {name}: {key} {found[key]} is not trained: set it to {value}")
+    return {key: found[key] for key in IN_CONFIG if key in found}
 
 
 def _check_model(model, data, defaults):
@@ -307,6 +378,30 @@ def _check_model(model, data, defaults):
             f"--max_seq_length {data.max_seq_length} is above --max_position_embeddings "
             f"{model.max_position_embeddings}: shorten the rows or enlarge the model's positions"
         )
+
+
+def _settle_length(data):
+    """Let --max_seq_length be that of the last stage: the longest rows decide what does not change in a run."""
+    if data.max_seq_length_stages == "":
+        raise UserError("--max_seq_length_stages is empty: give a value, or leave the flag out")
+    if not data.max_seq_length_stages:
+        return
+    longest = data.stages[-1].length
+    if data.max_seq_length not in (DataArguments.max_seq_length, longest):
+        raise UserError(
+            f"--max_seq_length {data.max_seq_length} contradicts --max_seq_length_stages "
+            f"{data.max_seq_length_stages}: drop it"
+        )
+    data.max_seq_length = longest
+
+
+def _check_stages(data, training):
+    if data.max_seq_length_stages and training.throughput_steps:
+        raise UserError(
+            "--throughput_steps contradicts --max_seq_length_stages: measure each length by itself (--max_seq_length)"
+        )
+    if training.lr_schedule == "step" and training.max_train_steps:
+        refuse_empty_stages(data.stages, training.max_train_steps)
 
 
 def _check_data(data):

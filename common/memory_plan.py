@@ -86,13 +86,13 @@ def format_plan(rows, name, card_gb=CARD_GB):
             "(buffers: tensors made whole for their turn, and what is sent; apart: parts that are not there at the",
             f"same time; host: each process's share in the host's memory; fits: a card of {card_gb:g} GB; cards: the",
             "least number of them, a power of two; processes that share a layer's slices share the rows, too)",
-            *_aligned(table),
+            *aligned(table),
         ]
     )
 
 
-def _aligned(table):
-    """The rows of a table as lines, numbers to the right."""
+def aligned(table):
+    """The rows of a table as lines, all but the first column to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  " + "  ".join([f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))])

@@ -1,44 +1,112 @@
-"""Which YAML fits: memory per device under each, and the command for the first that does.
+"""Which YAML fits: memory per device under each, and the command for the first that does; or the fastest pipelines.
 
-python -m common.plan model devices memory-per-device-GB [batch] [seq]     # what scripts/plan.sh starts
+python -m common.plan model devices [memory-per-device-GB] [batch] [seq] [flags]     # what scripts/plan.sh starts
 """
 
 import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import date
 
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MegatronBertConfig, OPTConfig
+from transformers.hf_argparser import HfArg
 
 from common.data.masking import targets_per_row
 from common.errors import UserError, run_main
+from common.flags import at_least, one_of, parse
+from common.hardware_table import read_hardware, write_hardware
 from common.memory import GB, Workload
 from common.memory_plan import format_plan, planned
 from common.models.families import FAMILIES
 from common.models.mlm import LEAST_POSITIONS
-from common.models.presets import MODEL_SIZES, OPT_ALIASES, OPT_SIZES, model_shape, opt_shape
+from common.models.presets import MEGATRON_SIZES, MODEL_SIZES, OPT_ALIASES, OPT_SIZES, model_shape, opt_shape
+from common.pipeline_plan import NEIGHBOURS, SCHEDULES, best_of_each, candidates, format_pipelines
+from common.profile import profile
 
 BATCH, LENGTH = 16, 1024  # rows and tokens, where nothing is said: run_clm.sh's
 VOCABULARY, MASKED = 8192, 0.4  # run_pretraining.py's, of the tokenizer that it trains and of masked positions
+MEGATRON_VOCABULARY = 30528  # bert-large-uncased's, rounded up to a multiple of 64
+MEASURED = "runs/cache/hardware.yaml"
+
+
+@dataclass
+class PlanArguments:
+    """Flags behind the positional arguments: the plan of a pipeline."""
+
+    train_batch_size: int | None = HfArg(
+        default=None, help="Rows of an optimizer step over all devices: rank pipelines for them by speed."
+    )
+    hardware: str = HfArg(
+        default=MEASURED, help="Hardware table (YAML) that speeds are predicted by; --profile writes it."
+    )
+    profile: bool = HfArg(default=False, help="Measure this machine with the model, and write the hardware table.")
+    schedule: str | None = HfArg(default=None, help=f"One schedule alone: {', '.join(SCHEDULES)} (default: all).")
+    neighbours: str = HfArg(
+        default="stages",
+        help="Who share a machine: the stages of a pipeline, or the copies of a stage, as in PipeDream.",
+    )
 
 
 def main(words=None):
     """Print the plan. Args: words: as above; None = the command line's."""
-    model, devices, memory, *rest = sys.argv[1:] if words is None else words
-    batch = _whole("batch", rest[0]) if rest else BATCH
-    devices, memory = _whole("devices", devices), _positive("memory-per-device", memory)
-    workload, command = describe(model, batch, _whole("seq", rest[1]) if rest[1:] else None)
+    words = list(sys.argv[1:] if words is None else words)
+    flags = next((n for n, word in enumerate(words) if re.match("-[^0-9.]", word)), len(words))
+    positional, (args,) = words[:flags], parse([PlanArguments], words[flags:])
+    at_least(args, "train_batch_size", 1)
+    if args.schedule is not None:
+        one_of("schedule", args.schedule, list(SCHEDULES))
+    one_of("neighbours", args.neighbours, list(NEIGHBOURS))
+    of_speed = args.train_batch_size or args.profile
+    if not (2 if of_speed else 3) <= len(positional) <= 5:
+        raise UserError(
+            f"{len(positional)} arguments before the flags: give model, devices and memory-per-device, then batch and "
+            "seq if you like"
+        )
+    model, devices, memory, batch, length = (*positional, *[None] * (5 - len(positional)))
+    devices, most = _whole("devices", devices), _whole("batch", batch) if batch else None
+    memory = _positive("memory-per-device", memory) if memory else None
+    workload, command = describe(model, most or BATCH, _whole("seq", length) if length else None)
     workload = replace(workload, ranks=devices, precision="bf16")
-    print(format_plan(planned(workload), model, memory))
-    print(recommend(workload, memory, command))
+    if not of_speed:
+        print(format_plan(planned(workload), model, memory))
+        print(recommend(workload, memory, command))
+        return
+    if args.profile:
+        hardware = profile(workload)
+        said = (
+            f"measured {date.today()} with {model}, rows of {workload.seq_length} tokens, by scripts/plan.sh --profile"
+        )
+        write_hardware(hardware, args.hardware, said)
+        print(f"{args.hardware}:\n" + open(args.hardware, encoding="utf-8").read(), end="")
+    if args.train_batch_size:
+        print(pipelines(model, workload, read_hardware(args.hardware), memory, args, most))
+
+
+def pipelines(model, workload, hardware, memory, args, most_rows):
+    """The fastest pipelines, as lines to print.
+
+    Args:
+        model: its name; workload: with the number of devices as `ranks`; hardware: Hardware; memory: GB of a device,
+            or None for the table's; args: PlanArguments; most_rows: of a micro-batch, or None.
+    Returns:
+        str of several lines.
+    Raises:
+        UserError: nothing fits, or cannot be predicted.
+    """
+    devices, batch, memory = workload.ranks, args.train_batch_size, GB * (memory or hardware.memory)
+    workload = replace(workload, ranks=1, precision=hardware.precision)
+    schedules = [args.schedule] if args.schedule else SCHEDULES
+    plans = candidates(workload, hardware, devices, batch, schedules, most_rows, args.neighbours)
+    return format_pipelines(best_of_each(plans, memory), model, batch, hardware, memory)
 
 
 def describe(model, batch, length):
     """What is to be planned.
 
     Args:
-        model: an OPT size, a BERT preset, or a folder or hub name; batch: rows on a device; length: tokens in a row,
-            or None for 1024, or as many as the model has positions.
+        model: an OPT size, a preset of BERT or Megatron's BERT, or a folder or hub name; batch: rows on a device;
+            length: tokens in a row, or None for 1024, or as many as the model has positions.
     Returns:
         (Workload, words of the command that trains it).
     Raises:
@@ -46,10 +114,15 @@ def describe(model, batch, length):
     """
     if OPT_ALIASES.get(model, model) in OPT_SIZES:
         config, named = OPTConfig(**opt_shape(model)), f"--model_size {OPT_ALIASES.get(model, model)}"
-    elif model in MODEL_SIZES:
+    elif model in MODEL_SIZES or model in MEGATRON_SIZES:
         shape = {"vocab_size": VOCABULARY, "max_position_embeddings": max(LEAST_POSITIONS, length or 0)}
         shape |= {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-        config, named = BertConfig(**model_shape(model), **shape), f"--model_size {model}"
+        if model in MODEL_SIZES:
+            config, named = BertConfig(**model_shape(model), **shape), f"--model_size {model}"
+        else:
+            shape |= model_shape(model, model_type="megatron-bert") | {"vocab_size": MEGATRON_VOCABULARY}
+            named = f"--model_type megatron-bert --model_size {model} --tokenizer_name bert-large-uncased"
+            config = MegatronBertConfig(**shape)
     else:
         config, named = _load(model), f"--model_name_or_path {model}"
     positions = getattr(config, "max_position_embeddings", None) or LENGTH
@@ -98,7 +171,9 @@ def launch_line(row, command):
 
 
 def _load(name):
-    known = f"{', '.join(OPT_SIZES)} of OPT, {', '.join(MODEL_SIZES)} of BERT, a folder or a hub name"
+    megatron = ", ".join(size for size in MEGATRON_SIZES if size not in OPT_SIZES)
+    known = f"{', '.join(OPT_SIZES)} of OPT, {', '.join(MODEL_SIZES)} of BERT, {megatron} of Megatron's BERT"
+    known += ", a folder or a hub name"
     unknown = f"model '{name}' is unknown: give {known}"
     if re.fullmatch(r"[0-9.]+[bm]?", name):  # a size that there is not: the hub need not be asked
         raise UserError(unknown)

@@ -25,7 +25,9 @@ class TextArguments:
     dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
     streaming: bool = HfArg(default=False, help="Read the hub dataset as a stream.")
     train_file: str | None = HfArg(
-        default=None, help="Text: txt, json, jsonl (each also .gz .bz2 .xz .zst), parquet; a file, a folder or a glob."
+        default=None,
+        aliases=["--train_path"],
+        help="Text: txt, json, jsonl (each also .gz .bz2 .xz .zst), parquet; a file, a folder or a glob.",
     )
     validation_file: str | None = HfArg(default=None, help="Held-out text (else part of the training documents).")
     dataset_path: str | None = HfArg(default=None, help="Prepared token files: a folder, or a prefix of .bin/.idx.")
@@ -39,6 +41,7 @@ class TextArguments:
     max_eval_samples: int = HfArg(default=1024, help="Rows of held-out text in each validation.")
     tokenizer_name: str | None = HfArg(
         default=None,
+        aliases=["--vocab_path"],
         help="Hub name, folder, tokenizer.json or vocab.txt; else the weights' own, or one is trained.",
     )
     tokenizer_train_vocab_size: int = HfArg(default=8192, help="Vocabulary of a tokenizer trained on the data.")
@@ -55,7 +58,9 @@ class TextArguments:
 class TrainingArguments(PrecisionArguments):
     """Budget, batch, optimizer, schedule, validation, checkpoints, reports."""
 
-    output_dir: str | None = HfArg(default=None, help="Where the run is written (default: runs/<time>).")
+    output_dir: str | None = HfArg(
+        default=None, aliases=["--checkpoint_dir"], help="Where the run is written (default: runs/<time>)."
+    )
     overwrite_output_dir: bool = HfArg(default=False, help="Replace the run that output_dir holds.")
     check_arguments: bool = HfArg(default=False, help="Check the arguments, prepare the data, train nothing.")
     seed: int = HfArg(default=42, help="Weights, order, masks and dropout all follow from it.")
@@ -68,7 +73,9 @@ class TrainingArguments(PrecisionArguments):
     early_exit_time_marker: float | None = HfArg(
         default=None, help="Stop after this many hours without shortening the schedule."
     )
-    max_train_steps: int | None = HfArg(default=None, aliases=["--max_steps"], help="Optimizer steps.")
+    max_train_steps: int | None = HfArg(
+        default=None, aliases=["--max_steps", "--num_minibatches"], help="Optimizer steps."
+    )
     throughput_steps: int | None = HfArg(
         default=None,
         help="Measure the speed over N optimizer steps after a warm-up, print it and leave it in all_results.json: "

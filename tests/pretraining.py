@@ -27,6 +27,23 @@ EXTREMEBERT = """
   --use_early_stopping --early_stop_time 180 --early_stop_eval_loss 6 --seed 42
 """
 
+# BERT large's configuration as it was published, which PipeDream's --bert_config_path names
+BERT_CONFIG = {
+    "attention_probs_dropout_prob": 0.1,
+    "directionality": "bidi",
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "pooler_fc_size": 768,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+}
+
 
 def small_run(corpus, cache, out, *flags, steps=None, batch=8):
     """The command line, without the program's name, of a run of a tiny model on a text file."""

@@ -1,5 +1,6 @@
 """The command line: ExtremeBERT's best recipe means what it says, contradictions are refused, the flags are frozen."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from common.arguments import frozen_flags, parse_pretraining_arguments
 from common.errors import UserError
-from pretraining import EXTREMEBERT
+from pretraining import BERT_CONFIG, EXTREMEBERT
 
 FLAGS = Path(__file__).parent / "frozen_flags.txt"
 
@@ -61,6 +62,55 @@ def test_extremeberts_best_recipe_means_what_it_says():
 def test_a_launchers_flags_are_noted_and_dropped(words):
     *_, training, notes = parse(words + " --max_steps 7")
     assert training.max_train_steps == 7 and len(notes) == len([w for w in words.split() if w.startswith("--")])
+
+
+def test_pipedreams_names_are_aliases(bert_config):
+    words = "--num_minibatches 200 --train_path a.txt --vocab_path vocab.txt --checkpoint_dir out --learning_rate 2e-5"
+    model, data, training, _ = parse(f"{words} --bert_config_path {bert_config()}")
+    assert (data.train_file, data.tokenizer_name) == ("a.txt", "vocab.txt")
+    assert (training.max_train_steps, training.output_dir, training.learning_rate) == (200, "out", 2e-5)
+    assert model.config_name == str(bert_config())
+
+
+@pytest.fixture
+def bert_config(tmp_path):
+    """Returns: function of changes that writes the configuration with them, and returns its path."""
+
+    def write(**changes):
+        (tmp_path / "bert_config.json").write_text(json.dumps(BERT_CONFIG | changes))
+        return tmp_path / "bert_config.json"
+
+    return write
+
+
+def test_a_configuration_is_a_shape_over_which_flags_win(bert_config, tmp_path):
+    model = parse(f"--config_name {bert_config()} --num_hidden_layers 12 --hidden_dropout_prob 0")[0]
+    wide = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    assert model.shape == wide | {"num_hidden_layers": 12}
+    assert (model.hidden_dropout_prob, model.attention_probs_dropout_prob) == (0.0, 0.1)
+    assert (model.vocab_size, model.max_position_embeddings, model.hidden_act) == (30522, 512, "gelu")
+    bert_config(model_type="bert", hidden_size=128, num_attention_heads=2).rename(tmp_path / "config.json")
+    for named in (tmp_path / "config.json", tmp_path):  # a folder, by transformers
+        model = parse(f"--config_name {named} --encoder_ln_mode pre-ln")[0]
+        assert model.shape["hidden_size"] == 128 and model.family == "megatron-bert"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "expected"),
+    [
+        ({}, "--model_size base", "--config_name contradicts --model_size"),
+        ({}, "--model_name_or_path x", "--config_name contradicts --model_name_or_path"),
+        ({}, "--model_type roberta", "--model_type roberta contradicts --config_name"),
+        ({"model_type": "roberta"}, "", "is no BERT's"),
+        ({"type_vocab_size": 16}, "", "type_vocab_size 16 is not trained: set it to 2"),
+        ({"layer_norm_eps": 1e-5}, "", "layer_norm_eps 1e-05 is not trained"),
+    ],
+)
+def test_a_configuration_that_cannot_be_trained(bert_config, changes, words, expected):
+    with pytest.raises(UserError, match=expected):
+        parse(f"--config_name {bert_config(**changes)} {words}")
+    with pytest.raises(UserError, match="--config_name no/such.json cannot be read"):
+        parse("--config_name no/such.json")
 
 
 def test_parity_restores_the_examples_defaults_and_explicit_flags_win():
@@ -124,6 +174,12 @@ def test_model_type_and_layer_norm_mode_agree():
         ("--final_mlm_probability 0 --max_steps 5", ["--final_mlm_probability"]),
         ("--final_mlm_probability 0.15 --total_training_time 1", ["--final_mlm_probability", "--lr_schedule step"]),
         ("--max_seq_length 3", ["--max_seq_length"]),
+        ("--max_seq_length_stages 128:0.9,512", ["--max_seq_length_stages 128:0.9,512", "128:0.9,512:0.1"]),
+        ("--max_seq_length_stages=", ["--max_seq_length_stages", "empty"]),
+        ("--max_seq_length_stages 128:0.9,512:0.1 --max_seq_length 256", ["--max_seq_length 256", "_stages"]),
+        ("--max_seq_length_stages 128:0.9,512:0.1 --max_steps 5", ["--max_train_steps 5", "512 tokens"]),
+        ("--max_seq_length_stages 128:0.9,512:0.1 --throughput_steps 50", ["--throughput_steps", "_stages"]),
+        ("--max_seq_length_stages 128:0.9,1024:0.1 --max_position_embeddings 512", ["--max_seq_length 1024", "512"]),
         ("--sentence_objective order --dataset_path a", ["--sentence_objective order", "sop"]),
         ("--sentence_objective sop --train_file a", ["--split_sentences", "--dataset_path"]),
         ("--sentence_objective nsp --dataset_path a --packing concat", ["--sentence_objective", "--packing concat"]),

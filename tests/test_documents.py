@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from common.data.documents import BadRecords, expand_files, read_documents
+from common.data.blocks import BadRecords
+from common.data.documents import expand_files, read_documents
 from common.errors import UserError
 
 TEXTS = ["The first document.", "A second one, with an ümlaut.", "The third: 数学."]

@@ -47,24 +47,25 @@ def plain_noise(keys, size):
     return -np.log(-np.log1p(-(halves + 0.5) / 2.0**31))
 
 
-def stock_pair_loss(generator, discriminator, packed):
+def stock_pair_loss(generator, discriminator, batch):
     """Each document on its own through both stock models: (MLM loss, RTD loss), each a mean."""
-    batch, (masked, tokens) = packed.batch, (0.0, 0.0)
-    places, keys = batch["masked_positions"][0].tolist(), batch["sampling_keys"]
-    for start, end in packed.bounds:
-        ids = batch["input_ids"][:, start:end]
-        logits = generator(input_ids=ids).logits
-        original, filled = ids.clone(), ids.clone()
-        for column, place in enumerate(places):
-            if start <= place < end:
-                here, label = logits[:, place - start], batch["masked_labels"][:, column]
-                of_column = F.cross_entropy(here, label, reduction="none")
-                masked = masked + (of_column * batch["masked_weights"][:, column]).sum()
-                draws = here.detach().double().numpy() + plain_noise(keys[:, column], here.shape[1])
-                filled[:, place - start] = torch.from_numpy(draws.argmax(axis=1))
-                original[:, place - start] = label
-        judged = discriminator(input_ids=filled).logits
-        tokens = tokens + F.binary_cross_entropy_with_logits(judged, (filled != original).float(), reduction="sum")
+    masked = tokens = 0.0
+    for row, documents in enumerate(batch["document_ids"]):
+        places, labels, weights, keys = (
+            batch[name][row] for name in ("masked_positions", "masked_labels", "masked_weights", "sampling_keys")
+        )
+        for document in documents[documents > 0].unique():
+            start, number = int((documents == document).nonzero()[0]), int((documents == document).sum())
+            ids = batch["input_ids"][row, start : start + number]
+            logits = generator(input_ids=ids[None]).logits[0]
+            mine = (places >= start) & (places < start + number)
+            there, label = places[mine] - start, labels[mine]
+            masked = masked + (F.cross_entropy(logits[there], label, reduction="none") * weights[mine]).sum()
+            draws = logits[there].detach().double().numpy() + plain_noise(keys[mine], logits.shape[1])
+            original, filled = ids.clone(), ids.clone()
+            original[there], filled[there] = label, torch.from_numpy(draws.argmax(axis=1))
+            judged, replaced = discriminator(input_ids=filled[None]).logits[0], (filled != original).float()
+            tokens = tokens + F.binary_cross_entropy_with_logits(judged, replaced, reduction="sum")
     return masked / batch["masked_weights"].sum(), tokens / (batch["document_ids"] > 0).sum()
 
 
@@ -92,7 +93,7 @@ def test_loss_and_gradient_equal_the_stock_pair(attention, weights, tmp_path):
     assert discriminator.config.hidden_size == 2 * generator.config.hidden_size == 32
     packed = judged_packed()
     loss = ours(**packed.batch).loss
-    masked, tokens = stock_pair_loss(generator.train(), discriminator.train(), packed)
+    masked, tokens = stock_pair_loss(generator.train(), discriminator.train(), packed.batch)
     expected = generator_weight * masked + discriminator_weight * tokens
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
@@ -213,7 +214,7 @@ def test_a_pair_in_two_folders_as_it_is_published(tmp_path):
     pair = load(tmp_path / "discriminator", generator_name_or_path=str(tmp_path / "generator"))
     assert_tied(pair)
     packed = judged_packed()
-    masked, tokens = stock_pair_loss(generator.eval(), discriminator.eval(), packed)
+    masked, tokens = stock_pair_loss(generator.eval(), discriminator.eval(), packed.batch)
     assert pair.train()(**packed.batch).loss.item() == pytest.approx((masked + 50 * tokens).item(), rel=1e-6)
     assert pair.config.generator["num_hidden_layers"] == 3 and pair.generator.config.hidden_dropout_prob == 0
     with pytest.raises(UserError, match="without its generator .*--generator_name_or_path"):

@@ -1,8 +1,18 @@
 """Every model family with every way of masking: it learns, is saved as stock transformers' own, and is fine-tuned."""
 
-import pytest
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+from test_electra import stock_pair_loss
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+from common.arguments import DataArguments, ModelArguments
+from common.data.batches import Masking, to_device
+from common.data.masking import derive_key
+from common.data.packing import DocumentRows, Frame
+from common.models.mlm import build_mlm_model
 from pretraining import losses, results, small_run
 from strategies import launch
 
@@ -39,6 +49,51 @@ def test_it_learns_and_is_saved_as_stock(harness, tiny_corpus, cache, out, famil
     model, info = stock.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.model_type == family and results(out)["train_steps"] == 20
+    batch = masked_batch(tiny_corpus, out, masking, family == "electra")
+    ours = build_mlm_model(
+        ModelArguments(model_name_or_path=str(out)), DataArguments(), AutoTokenizer.from_pretrained(out)
+    )
+    with torch.no_grad():
+        loss = ours.train()(**batch).loss
+        if family == "electra":
+            masked, tokens = stock_pair_loss(AutoModelForMaskedLM.from_pretrained(out / "generator"), model, batch)
+            assert loss.item() == pytest.approx((masked + 50 * tokens).item(), abs=1e-5)
+        else:
+            assert loss.item() == pytest.approx(stock_loss(model, batch), abs=1e-5)
+
+
+def masked_batch(corpus, out, masking, judges_tokens):
+    """Rows of several documents each, as a run masks them, with the tokenizer of a finished run."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    lines = corpus.read_text().splitlines()[:60]
+    documents = [np.array(tokenizer(line, add_special_tokens=False).input_ids) for line in lines]
+    lengths = np.array([len(document) for document in documents])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    file = SimpleNamespace(tokens=np.concatenate(documents), starts=starts, lengths=lengths)
+    rows = DocumentRows(file, Frame.for_masked(tokenizer), 64, out / "rows")
+    number = np.arange(12)
+    masking = Masking.for_tokenizer(tokenizer, 0.3, masking, judges_tokens=judges_tokens)
+    batch = masking.make_batch(rows, number, derive_key(3, number))
+    assert batch["document_ids"].max() > 1
+    batch["loss_denominator"] = batch["masked_weights"].sum()
+    if judges_tokens:
+        batch["token_denominator"] = batch["token_weights"].sum()
+    return to_device(batch, torch.device("cpu"))
+
+
+def stock_loss(model, batch):
+    """The mean over what is masked, each document by itself through a stock model."""
+    losses = []
+    for row, documents in enumerate(batch["document_ids"]):
+        masked = batch["masked_weights"][row] > 0
+        labels = torch.full_like(documents, -100)
+        labels[batch["masked_positions"][row][masked]] = batch["masked_labels"][row][masked]
+        for document in documents[documents > 0].unique():
+            here = documents == document
+            logits = model(input_ids=batch["input_ids"][row, here][None]).logits[0]
+            wanted = labels[here] >= 0
+            losses.append(torch.nn.functional.cross_entropy(logits[wanted], labels[here][wanted], reduction="none"))
+    return torch.cat(losses).mean().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

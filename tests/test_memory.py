@@ -22,14 +22,16 @@ from transformers import (
 )
 
 from causal import opt_parameters
+from common.clm_arguments import parse_clm_arguments
 from common.errors import UserError
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import GB, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan, planned
 from common.models.families import FAMILIES, judges_tokens
-from common.models.footprint import footprint, parameter_count
+from common.models.footprint import footprint, optimizer_state, parameter_count
 from common.models.layers import make_fast, use_attention
 from common.models.presets import OPT_SIZES, electra_shape, opt_shape
+from common.optimizers import build_optimizer
 from common.utilisation import peak_resident_bytes, resident_bytes
 from pretraining import results
 
@@ -194,6 +196,57 @@ def test_optimizers():
     assert state["muon"].update == 4 * 4 * matrices // 3
 
 
+def optimizer_arguments(name, *more):
+    flags = ["--optimizer_type", name, "--lr_scheduler_type", "constant", "--max_train_steps", "9"]
+    return parse_clm_arguments([*flags, *(["--optimizer_args", *more] if more else [])])[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("adamw", ["amsgrad=True"]),
+        ("sgd", ["momentum=0.9"]),
+        ("lamb", []),
+        ("muon", []),
+        ("radam", []),
+        ("adafactor", []),
+        ("lion", []),
+        ("prodigy", []),
+        ("schedulefree", []),
+        ("shampoo", []),
+        ("soap", ["max_precondition_dim=128"]),
+    ],
+)
+def test_the_state_of_any_optimizer_is_counted_before_it_exists(name, more):
+    """Against the bytes that it really keeps after a step of a real model."""
+    config, args = CAUSAL["opt"], optimizer_arguments(name, *more)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = build_optimizer(model, args)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [t for value in values for t in (value if isinstance(value, list) else [value]) if torch.is_tensor(t)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    counted = optimizer_state(config, args)
+    assert counted == pytest.approx(held / 4 / model.num_parameters(), rel=1e-6)
+    state = estimate(Workload(config, 1, 32, optimizer_type=name, state=counted)).optimizer
+    assert state == pytest.approx(held, abs=4)
+
+
+def test_what_cannot_be_counted_is_taken_for_adamw(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Sparse(torch.optim.SGD):\n"
+        "    def step(self):\n"
+        "        [p.grad.nonzero().tolist() for group in self.param_groups for p in group['params']]\n"
+    )
+    args = optimizer_arguments(f"{tmp_path}/mine.py:Sparse")
+    assert optimizer_state(CAUSAL["opt"], args) is None
+    with pytest.raises(UserError, match="no such optimizer"):
+        optimizer_state(CAUSAL["opt"], optimizer_arguments("adamx"))
+
+
 def test_libraries_count_on_a_cpu_alone():
     assert estimate(LARGE, libraries=5).total == estimate(LARGE).total
     on_cpu = replace(LARGE, device="cpu")
@@ -351,6 +404,12 @@ def test_a_cap_that_is_too_small_ends_in_one_line_before_anything_is_written(har
     assert ran.stderr.startswith("error: the memory cap of 2 GB is too small") and ran.stderr.count("\n") == 1
     assert " would fit" in ran.stderr or "raise it to" in ran.stderr
     assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_counts_the_optimizer_that_is_asked_for(harness):
+    ran = harness.run("run_clm.py", "--model_size", "125m", "--dry_run", "--optimizer_type", "lion").check()
+    table = {line.split()[0]: line.split() for line in ran.stdout.splitlines() if line.startswith("  ")}
+    assert float(table["ddp"][table["config"].index("optimizer")]) == round(4 * parameter_count(opt("125m")) / GB, 2)
 
 
 def test_a_dry_run_of_175b_prints_the_plan(harness):

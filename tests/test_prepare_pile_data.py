@@ -20,12 +20,7 @@ import prepare_pile_data
 from common.data.token_files import TokenFile, document_windows
 from common.data.tokenizers import load_tokenizer
 from common.errors import UserError
-from common.prepare.arguments import chosen_shards, parse_command
-from common.prepare.facts import FactsWriter
-from common.prepare.inputs import ANY, TextFile
-from common.prepare.merge import split_of
-from common.prepare.repeated import Repeated
-from common.prepare.shards import FinishedShard, Window, plan_shards
+from common.prepare.inputs import ANY
 from harness import REPOSITORY
 
 WORDS = [f"word{number}" for number in range(300)]
@@ -201,57 +196,6 @@ def test_killed_and_finished_with_the_same_bytes(tmp_path, kills):
 # ---- Parts by themselves --------------------------------------------------------------------------------------
 
 
-def test_what_is_compared_in_pieces_is_what_is_compared_at_once(monkeypatch, tmp_path):
-    chance = np.random.default_rng(0)
-    found = [chance.integers(0, 2**64, 40, np.uint64, endpoint=False) for _ in range(3)]
-    found[1][:10], found[2][5:9], found[2][20] = found[0][3:13], found[1][20:24], found[2][0]
-    found[0][0], found[2][30] = 2**64 - 1, 2**64 - 1
-
-    class Shard:
-        num_documents = 40
-
-        def __init__(self, hashes):
-            self.columns = {"documents": hashes.argsort(kind="stable")}
-            self.columns["hashes"] = hashes[self.columns["documents"]]
-
-        def column(self, name):
-            return self.columns[name]
-
-    everything = Window(None, slice(None), slice(None))
-    for compared in (7, 1000):
-        monkeypatch.setattr("common.prepare.repeated.COMPARED", compared)
-        seen = set()
-        with Repeated([Shard(hashes) for hashes in found], tmp_path) as repeated:
-            repeated.find_documents()
-            for number, hashes in enumerate(found):
-                for value, kept in zip(hashes.tolist(), repeated.kept(number, everything), strict=True):
-                    assert kept == (value not in seen)
-                    seen.add(value)
-
-
-@pytest.mark.parametrize("kind", ["lines", "hashes"])
-def test_facts_sorted_on_the_disk_are_those_sorted_at_once(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr("common.prepare.facts.BLOCK", 7)
-    chance = np.random.default_rng(1)
-    values = chance.integers(0, 2**64, 200, np.uint64, endpoint=False)
-    values[50:60], values[70:75], values[80] = values[3], 2**64 - 1, 0
-    parts = np.split(values, [13, 14, 14, 60])
-    with FactsWriter(tmp_path / "some.facts") as writer:
-        for part in parts:
-            number = np.arange(len(part))
-            columns = {"sources": number, "characters": number * 3, "words": number + 1, "hashes": part}
-            writer.append(columns | ({"lines": part} if kind == "lines" else {}))
-        found = writer.finish()
-    shard = FinishedShard(None, tmp_path / "some.facts", {"num_documents": len(values), "facts": found})
-    names = ("lines", "sequences") if kind == "lines" else ("hashes", "documents")
-    order = np.argsort(values, kind="stable")
-    order = order[values[order] != 0] if kind == "lines" else order
-    assert shard.column(names[1]).tolist() == order.tolist()
-    assert shard.column(names[0]).tolist() == values[order].tolist()
-    assert shard.column("characters").tolist() == [3 * at for part in parts for at in range(len(part))]
-    assert [path.name for path in tmp_path.iterdir()] == ["some.facts"]
-
-
 @pytest.mark.parametrize(
     "words", [["--near_duplicates"], ["--deduplicate_lines", "3"], ["--split_sentences"], ["--weights", "2", "1"]]
 )
@@ -394,12 +338,6 @@ def test_a_unigram_tokenizer(prepare, harness, corpus, tmp_path):
     assert sorted(found) == sorted(texts(900))
 
 
-def test_splits_follow_the_hash_alone():
-    hashes = np.array([0, 2**63 - 1, 2**63, 2**63 + 2**62 - 1, 2**63 + 2**62, 2**64 - 1], np.uint64)
-    assert split_of(hashes, 50, 25).tolist() == [1, 1, 2, 2, 0, 0]
-    assert split_of(hashes, 0, 0).tolist() == [0] * 6
-
-
 def test_parts_of_the_pile(prepare, harness, data_folder, tmp_path):
     path, found = data_folder / "pile" / "sample.jsonl.zst", Counter()
     for record in map(json.loads, io.TextIOWrapper(zstandard.open(path), "utf-8")):
@@ -412,6 +350,7 @@ def test_parts_of_the_pile(prepare, harness, data_folder, tmp_path):
     assert sum((Counter({name: split[name][0] for name in split}) for split in sources), Counter()) == found
     said = harness.run("prepare_pile_data.py", "inspect", tmp_path / "out").check().stdout
     assert f" of the tokens: {least} (" in said
+    flags += ["--workers", 2]
     prepare(*flags, "--components", least, "--test_split_percentage", 0, text=[path], out="part")
     parts = [TokenFile(path.with_suffix("")) for path in (tmp_path / "part").glob("*.bin")]
     assert sum(part.num_documents for part in parts) == number
@@ -436,50 +375,16 @@ def test_sentences_are_sequences_of_their_document(prepare, harness, tmp_path):
     assert ", 6 sentences, " in harness.run("prepare_pile_data.py", "inspect", tmp_path / "out").check().stdout
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-def test_every_document_is_in_one_shard(tmp_path, count):
-    inputs = [TextFile(tmp_path / name) for name in "abc"]
-    read = [
-        (one.path, document)
-        for shard in plan_shards(inputs, count)
-        for one, first, step in shard.parts
-        for document in range(first, 20, step)
-    ]
-    assert sorted(read) == [(one.path, document) for one in inputs for document in range(20)]
-
-
-def test_which_shards():
-    assert chosen_shards([], None, 4) == [0, 1, 2, 3] == chosen_shards(["0", "3"], None, 4)
-    assert chosen_shards(["2"], None, 4) == [2] == chosen_shards([], 2, 4)
-    assert chosen_shards(["0,3"], None, 4) == [0, 3] == chosen_shards(["3", "0", "0"], None, 4)
-    for words in (["4"], ["0", "9"], ["x"], ["-1"], [","]):
-        with pytest.raises(UserError):
-            chosen_shards(words, None, 4)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["tokenise"], "'tokenise' is no command: give download, tokenize, merge, inspect"),
-        (["inspect"], "inspect takes one path"),
-        (["tokenize", "1", "--shard_index", "2"], "give one of them"),
-        (["--validation_split_percentage", "60", "--test_split_percentage", "40"], "leave nothing for training"),
-        (["--workers", "0"], "--workers 0 is too small"),
-    ],
-)
-def test_bad_commands(words, expected):
-    with pytest.raises(UserError, match=expected):
-        parse_command(words)
-
-
 def test_bad_input_is_one_line_and_finished_shards_stay(prepare, corpus, tmp_path):
     assert "error: no text" in prepare_error(prepare, ["tokenize"])
     prepare()
     tokenizer = "--tokenizer_name", tmp_path / "out" / "tokenizer"
     (corpus / "c.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
-    error = prepare("tokenize", *tokenizer, code=2, text=[corpus / "a.txt", corpus / "c.jsonl"], out="bad").stderr
-    assert f'{corpus / "c.jsonl"}:2: no column "text"' in error
-    assert [path.name for path in (tmp_path / "bad" / "shards").glob("*.bin")] == ["00000.bin"]
+    for workers in (1, 2):
+        flags, name = [*tokenizer, "--workers", workers], f"bad{workers}"
+        error = prepare("tokenize", *flags, code=2, text=[corpus / "a.txt", corpus / "c.jsonl"], out=name).stderr
+        assert f'{corpus / "c.jsonl"}:2: no column "text"' in error
+        assert [path.name for path in (tmp_path / name / "shards").glob("*.bin")] == ["00000.bin"]
     (corpus / "d.txt.bz2").write_bytes(bz2.compress(b"some text\n" * 1000)[:-20])
     assert "cut off" in prepare(code=2, text=[corpus / "d.txt.bz2"], out="cut").stderr
 

@@ -4,7 +4,8 @@ import bz2
 
 import pytest
 
-from common.data.documents import BadRecords, read_documents, read_labelled
+from common.data.blocks import BadRecords
+from common.data.documents import read_documents, read_labelled
 from common.data.wikipedia import Wikitext, plain
 from common.errors import UserError
 

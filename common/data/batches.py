@@ -5,6 +5,7 @@ to the processes in turn. What a batch holds depends on its place in that sequen
 another number of processes, sees the same global batches.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -178,7 +179,11 @@ class TrainBatches:
         consumed_rows: where to begin in the sequence; a multiple of the global batch after a resume.
         total_rows: of the whole run, for an objective that changes with its progress; None: it stays at its beginning.
         ramp: common.batch_ramp.BatchRamp, for a global batch that grows to this one; None: it is the same everywhere.
+        shorter: [(end, rows)]: rows of shorter lengths that come before `rows`, until that share of the run is over.
+            All that counts rows, here and in the state of a run, counts those of full length: of rows that are n
+            times shorter, n take the place of one.
     Attributes:
+        rows: those of the stage that the last next_step was in.
         wait_seconds: time the training loop has waited for data so far.
     """
 
@@ -195,22 +200,51 @@ class TrainBatches:
         consumed_rows=0,
         total_rows=None,
         ramp=None,
+        shorter=(),
     ):
         self.rows, self.objective, self.seed = rows, objective, seed
+        self.longest, self.shorter = rows, shorter
         self.total_rows = total_rows
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         self.ramp = ramp or BatchRamp(batch_size * accumulation * ranks)
         self.device, self.consumed_rows = device, consumed_rows
         self.wait_seconds = 0.0
 
-    def next_step(self, consumed_rows):
-        """(rows in the step that begins after so many rows, micro-batches of one process in it)."""
+    @property
+    def times(self):
+        """How many rows of the present stage take the place of one of full length."""
+        return self.longest.seq_length // self.rows.seq_length
+
+    def rows_at(self, progress):
+        """The rows of a stage. Args: progress: share of the run that is over."""
+        return next((rows for end, rows in self.shorter if progress < end), self.longest)
+
+    def next_step(self, consumed_rows, progress=1.0):
+        """Begin a step, and a stage where it is the first of one.
+
+        Args:
+            consumed_rows: in the steps before it; progress: as rows_at.
+        Returns:
+            (rows in the step, micro-batches of one process in it).
+        """
+        rows = self.rows_at(progress)
+        if rows is not self.rows:
+            self.rows, self.consumed_rows = rows, consumed_rows
         size, _ = self.ramp.at(consumed_rows)
         return size, size // (self.batch_size * self.ranks)
 
     def __iter__(self):
         """Yield (batch, number, tokens): tensors on the device, the micro-batch's number within the global batch, and
         the real tokens of the whole global batch."""
+        while True:
+            rows = self.rows
+            with contextlib.closing(self._prefetched()) as items:
+                for item in items:
+                    yield item
+                    if rows is not self.rows:  # what was made ahead is of the stage before
+                        break
+
+    def _prefetched(self):
         ready = queue.Queue(maxsize=4)
         stop = threading.Event()
         worker = threading.Thread(target=self._fill, args=(ready, stop), daemon=True, name="prefetch")
@@ -246,24 +280,25 @@ class TrainBatches:
 
         Many steps are located and many rows built at once: most of what numpy costs, it costs per call.
         """
-        first = self.consumed_rows
-        at_once = max(1, BUILT_TOKENS // (self.batch_size * self.rows.seq_length))  # micro-batches
+        first, rows, times = self.consumed_rows, self.rows, self.times
+        batch_size = times * self.batch_size
+        at_once = max(1, BUILT_TOKENS // (batch_size * rows.seq_length))  # micro-batches
         while True:
             size, left = self.ramp.at(first)
             accumulation = size // (self.batch_size * self.ranks)
             steps = min(max(1, LOCATED_ROWS // size), left)
-            places = np.arange(first, first + steps * size)
-            epoch, row = self.locate(places)
+            places = np.arange(times * first, times * (first + steps * size))
+            epoch, row = self.locate(places, rows)
             keys = derive_key(self.seed, epoch, row)
-            progress = np.minimum(places / (self.total_rows or np.inf), 1.0)
-            weight = self.objective.targets(self.rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
-            tokens = self.rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
-            dealt = (steps * accumulation, self.ranks, self.batch_size)
+            progress = np.minimum(places / (times * self.total_rows if self.total_rows else np.inf), 1.0)
+            weight = self.objective.targets(rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
+            tokens = rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
+            dealt = (steps * accumulation, self.ranks, batch_size)
             own = [array.reshape(dealt)[:, self.rank] for array in (row, keys, progress)]  # of this process
             for begin in range(0, len(own[0]), at_once):
                 built = (array[begin : begin + at_once].ravel() for array in own)
-                built = self.objective.make_batch(self.rows, *built)
-                built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
+                built = self.objective.make_batch(rows, *built)
+                built = {name: array.reshape(-1, batch_size, array.shape[1]) for name, array in built.items()}
                 for index in range(len(built["input_ids"])):
                     step, micro_batch = divmod(begin + index, accumulation)
                     batch = {name: array[index] for name, array in built.items()}
@@ -273,13 +308,14 @@ class TrainBatches:
                     yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
             first += steps * size
 
-    def locate(self, places):
-        """(epoch, row), each [n] int64, for places in the endless sequence of rows."""
-        epoch, index = np.divmod(places, len(self.rows))
+    def locate(self, places, rows=None):
+        """(epoch, row), each [n] int64, for places in the endless sequence of rows: of full length, or others."""
+        number_of_rows = len(self.longest if rows is None else rows)
+        epoch, index = np.divmod(places, number_of_rows)
         row = np.empty_like(index)
         for number in np.unique(epoch):  # one, or two at the seam
             here = epoch == number
-            row[here] = permute(index[here], len(self.rows), derive_key(self.seed, number))
+            row[here] = permute(index[here], number_of_rows, derive_key(self.seed, number))
         return epoch, row
 
 

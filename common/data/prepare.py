@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.documents import BadRecords
+from common.data.blocks import BadRecords
 from common.data.masking import random_bits
 from common.data.sources import Source, choose_source, hold_out_limit, labelled_documents
 from common.data.token_files import BLOCK_TOKENS, TokenFile, TokenFileWriter, token_dtype

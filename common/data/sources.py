@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from common.data.documents import BadRecords, checked_text, expand_files, missing_column, read_documents
+from common.data.blocks import BadRecords, checked_text, missing_column
+from common.data.documents import expand_files, read_documents
 from common.data.embedded import embedded_documents, embedded_fingerprint
 from common.data.hub import load_dataset, reading
 from common.errors import UserError

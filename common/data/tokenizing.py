@@ -6,7 +6,7 @@ from itertools import chain, islice
 import numpy as np
 
 from common.data.tokenizers import corpus_encoder
-from common.data.workers import map_batches
+from common.data.workers import Workers
 
 BATCH_CHARACTERS = 1 << 20  # below this the pipes cost, above it memory does
 
@@ -35,7 +35,8 @@ def tokenize(
     if workers == 1 or small:  # starting a process takes as long as tokenizing 1 MB
         yield from map(make_batch_encoder(*settings, say), batches)
     else:
-        yield from map_batches(batches, make_batch_encoder, settings, workers, say, flag="--preprocessing_num_workers")
+        with Workers(make_batch_encoder, workers, flag="--preprocessing_num_workers") as elsewhere:
+            yield from elsewhere.map(batches, settings, say)
 
 
 def make_batch_encoder(backend_json: str, dtype: str, say: Callable[[str], None]) -> Callable:

@@ -21,31 +21,56 @@ from common.errors import UserError
 
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 FAILED = 1  # Python's exit code behind a traceback
+PIPE_BYTES = 1 << 20  # what Linux grants everybody: a batch is sent without waiting for its reader
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def map_batches(
-    batches: Iterable, maker: Callable, settings: tuple, workers: int, say: Callable[[str], None], flag: str
-) -> Iterator:
-    """Apply a function to batches in other processes, in order.
+class Workers:
+    """Processes that apply a function to batches, in order; a context manager that ends them.
 
     Args:
-        batches: of anything that can be pickled.
         maker: function at the top of a module; maker(*settings, say) is called once in every process and gives the
-            function of a batch. settings: what can be pickled.
-        workers: number of processes of one thread each.
-        say: called with each line of text that a maker's function says, once.
-        flag: that sets the number of workers, for the message.
-    Yields:
-        the function's result for each batch.
-    Raises:
-        UserError: a worker died.
+            function of a batch.
+        number: of processes of one thread each; 1 works in this one, in one thread.
+        flag: that sets the number, for the message.
     """
-    with ExitStack() as stack:
+
+    def __init__(self, maker: Callable, number: int, flag: str):
+        self.maker, self.number, self.flag = maker, number, flag
+        self.stack, self.workers, self.said = ExitStack(), [], set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def start(self) -> None:
+        """Let them import what they need, while this process does something else; map() starts them otherwise."""
+        if self.number > 1 and not self.workers:
+            self.workers = [self.stack.enter_context(_Worker(self.maker, self.flag)) for _ in range(self.number)]
+
+    def map(self, batches: Iterable, settings: tuple, say: Callable[[str], None]) -> Iterator:
+        """Apply the function.
+
+        Args:
+            batches: of anything that can be pickled.
+            settings: what can be pickled; of the first call, for all of them.
+            say: called with each line of text that the function says, once.
+        Yields:
+            the function's result for each batch.
+        Raises:
+            UserError: a worker died.
+        """
+        if self.number == 1:
+            os.environ.update(ONE_THREAD)  # read by Rust at each call
+            yield from map(self.maker(*settings, say), batches)
+            return
+        self.start()
         idle = queue.SimpleQueue()
-        for _ in range(workers):
-            idle.put(stack.enter_context(_Worker(maker, settings, flag)))
-        pool = stack.enter_context(ThreadPoolExecutor(workers))  # threads only wait at the workers' pipes
+        for worker in self.workers:
+            worker.set_up(settings)
+            idle.put(worker)
 
         def apply_elsewhere(batch):
             worker = idle.get()
@@ -54,37 +79,38 @@ def map_batches(
             finally:
                 idle.put(worker)
 
-        pending, said = deque(), set()
+        pending = deque()
 
         def finished():
             result, notes = pending.popleft().result()
             for note in notes:
-                if note not in said:  # every worker finds the same
-                    said.add(note)
+                if note not in self.said:  # every worker finds the same
+                    self.said.add(note)
                     say(note)
             return result
 
-        for batch in batches:
-            pending.append(pool.submit(apply_elsewhere, batch))
-            if len(pending) > 2 * workers:
+        with ThreadPoolExecutor(self.number) as pool:  # threads only wait at the workers' pipes
+            for batch in batches:
+                pending.append(pool.submit(apply_elsewhere, batch))
+                if len(pending) > 2 * self.number:
+                    yield finished()
+            while pending:
                 yield finished()
-        while pending:
-            yield finished()
 
 
 class _Worker:
     """A process that reads pickled batches from its standard input and writes pickled results to its output."""
 
-    def __init__(self, maker: Callable, settings: tuple, flag: str):
-        self.flag = flag
+    def __init__(self, maker: Callable, flag: str):
+        self.flag, self.is_set_up = flag, False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "common.data.workers", maker.__module__, maker.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
             env={**os.environ, **ONE_THREAD},
+            pipesize=PIPE_BYTES,
         )
-        self._send(settings)
 
     def __enter__(self):
         return self
@@ -96,6 +122,12 @@ class _Worker:
     def _send(self, what) -> None:
         pickle.dump(what, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
         self.process.stdin.flush()
+
+    def set_up(self, settings: tuple) -> None:
+        """Send what its function is made from, once."""
+        if not self.is_set_up:
+            self._send(settings)
+            self.is_set_up = True
 
     def apply(self, batch) -> tuple:
         """(the result, what is to be said)."""

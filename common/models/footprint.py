@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -22,9 +24,10 @@ from common.models.causal import set_attention
 from common.models.families import FAMILIES, judges_tokens
 from common.models.layers import make_fast, use_attention
 from common.models.presets import feed_forward_size
-from common.optimizers import hidden_matrices
+from common.optimizers import build_optimizer, find_optimizer_class, hidden_matrices
 from common.parallel.slicing import narrow_layers, transformer_layers
 
+MOST_QUESTIONS = 10**5  # of an optimizer in a step, for the value of a number
 _known = {}  # Footprint by what it was measured for: tracing takes a second
 
 
@@ -32,14 +35,15 @@ _known = {}  # Footprint by what it was measured for: tracing takes a second
 class Footprint:
     """Sizes of a model, or of one process's part of it, and of what it keeps; pairs are (outside the layers, in each).
 
-    layers: their number. parameters: numbers, tied ones once. largest_layer: numbers in it. output: numbers in the
-    matrix of the head, [V, E]. tied: whether that is the embedding's too. matrices: numbers in the hidden matrices;
-    largest_stack: in those of one shape together. kept: pair of bytes per row. layer_input: bytes per row. widest:
-    bytes per row of the largest tensor kept. copies: pair of bytes of weights kept again, joined or in fewer bits.
-    traced: False where `kept` is the general figure.
+    layers: their number; own_layers: those with weights of their own. parameters: numbers, tied ones once.
+    largest_layer: numbers in it. output: numbers in the matrix of the head, [V, E]. tied: whether that is the
+    embedding's too. matrices: numbers in the hidden matrices; largest_stack: in those of one shape together. kept:
+    pair of bytes per row. layer_input: bytes per row. widest: bytes per row of the largest tensor kept. copies: pair
+    of bytes of weights kept again, joined or in fewer bits. traced: False where `kept` is the general figure.
     """
 
     layers: int
+    own_layers: int
     parameters: int
     largest_layer: int
     output: int
@@ -105,6 +109,48 @@ def parameter_count(config, head="causal"):
     return _count(config, head)["parameters"]
 
 
+def optimizer_state(config, args):
+    """How many numbers of 32 bits an optimizer keeps for each number of a causal model: of AdamW 2.
+
+    It makes a step on fake tensors; wherever it asks for a number, to go by it, it is told 1.
+
+    Args:
+        config: transformers configuration; args: as common.optimizers.build_optimizer.
+    Returns:
+        float; None where it cannot be told so.
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    find_optimizer_class(args.optimizer_type)
+    with FakeTensorMode(), torch.device("cpu"), _AnsweredByOne():
+        with no_init_weights():
+            model = _build(config, "causal", 1)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = build_optimizer(model, args, trial=False)
+            optimizer.step()
+        except Exception:  # of one that goes by more than single numbers, or that the run will refuse
+            return None
+    kept = {id(leaf): leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values()) / (4 * _numbers(model))
+
+
+class _AnsweredByOne(TorchDispatchMode):
+    """Fake tensors that give 1 where a number is asked for, which they have not."""
+
+    questions = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if function is not torch.ops.aten._local_scalar_dense.default:
+            return function(*args, **(kwargs or {}))
+        self.questions += 1
+        if self.questions > MOST_QUESTIONS:
+            raise RuntimeError("it would go on until a number changes")
+        return 1.0 if args[0].is_floating_point() else 1
+
+
 def _count(config, head, slices=1):
     with torch.device("meta"):
         model = _build(config, head, slices)
@@ -115,6 +161,7 @@ def _count(config, head, slices=1):
     output = model.get_output_embeddings().weight
     return {
         "layers": config.num_hidden_layers,
+        "own_layers": max(map(len, stacks), default=0),
         "parameters": _numbers(model),
         "largest_layer": max((_numbers(layer) for stack in stacks for layer in stack), default=0),
         "output": output.numel(),
@@ -162,30 +209,47 @@ def _kept_bytes(config, rows, seq_length, precision, head, targets, packed, atte
     autocast = torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with FakeTensorMode(), torch.device("cpu"):
         with no_init_weights():  # some look at the numbers
-            model = _build(config, head, slices).train()
-        model.tie_weights()
-        ids = torch.zeros(rows, seq_length, dtype=torch.int64)
-        if head == "masked":
-            make_fast(model)
-            use_attention(model, attention)
-            model.packs_documents = packed
-            some = torch.zeros(rows, targets, dtype=torch.int64)
-            batch = {"position_ids": ids, "document_ids": ids, "masked_positions": some, "masked_labels": some}
-            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
-            if judges_tokens(config):
-                batch |= {"sampling_keys": some, "token_weights": ids.float(), "token_denominator": torch.ones(())}
-            run = model
-        else:
-            set_attention(model, attention)
-            mask = same_document_mask(ids, torch.float32)
-            batch = {"attention_mask": mask, "position_ids": ids} if packed else {}
-            run = model.base_model
+            model, run = ready_step(config, seq_length, head, targets, packed, attention, slices)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            output = run(input_ids=ids, **batch)
+            output = run(rows)
         keep(output[0])
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
         return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def ready_step(config, seq_length, head="causal", targets=None, packed=False, attention="sdpa", slices=1):
+    """A model as it is trained, and its forward pass on rows without content.
+
+    Args:
+        as footprint().
+    Returns:
+        (model, function of a number of rows): what that returns begins with the loss of a masked model, or with the
+        hidden states of a causal one.
+    """
+    model = _build(config, head, slices).train()
+    model.tie_weights()
+    if head == "masked":
+        make_fast(model)
+        use_attention(model, attention)
+        model.packs_documents = packed
+    else:
+        set_attention(model, attention)
+
+    def run(rows):
+        ids = (torch.arange(seq_length) % config.vocab_size).repeat(rows, 1)
+        if head == "masked":
+            one = torch.ones_like(ids)  # all of a row is one document
+            some = torch.zeros(rows, targets, dtype=torch.int64)
+            batch = {"position_ids": ids, "document_ids": one, "masked_positions": some, "masked_labels": some}
+            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
+            if judges_tokens(config):
+                batch |= {"sampling_keys": some, "token_weights": one.float(), "token_denominator": torch.ones(())}
+            return model(input_ids=ids, **batch)
+        batch = {"attention_mask": same_document_mask(ids, torch.float32), "position_ids": ids} if packed else {}
+        return model.base_model(input_ids=ids, **batch)
+
+    return model, run
 
 
 def _general_figure(config, seq_length, precision):

@@ -4,7 +4,8 @@ Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BE
 ALBERT (Lan et al. 2020, arXiv:1909.11942, table 1); DeBERTa, v2 and v3 (He et al. 2021, arXiv:2006.03654 and
 arXiv:2111.09543) as published; ModernBERT (Warner et al. 2024, arXiv:2412.13663), with the smaller ones of Ettin
 (Weller et al. 2025, arXiv:2507.11412); ELECTRA (Clark et al. 2020, arXiv:2003.10555, table 6); Megatron-DeepSpeed's
-ds_pretrain_bert.sh; OPT (Zhang et al. 2022, arXiv:2205.01068, table 1).
+ds_pretrain_bert.sh, and PipeDream-2BW's two (Narayanan et al. 2021, arXiv:2006.09503, section 5.1); OPT (Zhang et al.
+2022, arXiv:2205.01068, table 1).
 """
 
 from common.errors import UserError
@@ -23,6 +24,7 @@ MODEL_SIZES = {
 }
 
 MEGATRON_SIZES = {"110m": (12, 768), "336m": (24, 1024), "1.3b": (24, 2048), "3.9b": (48, 2560)}
+MEGATRON_SIZES |= {"2.2b": (32, 2304, 32), "3.8b": (32, 3072, 32)}  # PipeDream-2BW's
 DEVIATION, MEGATRON_DEVIATIONS = 0.02, {"1.3b": 0.013, "3.9b": 0.011}  # of the initial weights
 SIZES_BY_TYPE = {
     "bert": MODEL_SIZES,

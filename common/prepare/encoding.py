@@ -23,18 +23,19 @@ def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
     Args:
         how: backend_json: the backend tokenizer's to_str(); dtype: numpy integer type of the ids; eod: id that ends
             every document, None for none; part: what is a sequence, of PARTS; language: of the sentences;
-            preset, fix_unicode: as make_cleaner's; decontaminate: files, as Contamination's; near_duplicates: whether
-            documents are prepared for that.
+            components: labels of the documents that are taken, None for all; preset, fix_unicode: as make_cleaner's;
+            decontaminate: files, as Contamination's; near_duplicates: whether documents are prepared for that.
         say: function that prints.
     Returns:
-        function of (texts, numbers of their sources) giving a dict; d documents, s sequences, what has no token is
-        left out without a word:
+        function of a list of (block as common.data.blocks has them, number of its input) giving a dict; d documents,
+        s sequences, what has no token is left out without a word:
             tokens: [T] of dtype; lengths: int32 [s] of the sequences; counts: int32 [d] sequences in a document;
-            hashes: uint64 [d] of the texts; sources: uint16 [d]; characters, words: uint32 [d];
+            hashes: uint64 [d] of the texts; characters, words: uint32 [d];
+            inputs: list of (number of an input, label); sources: uint16 [d], places in it;
             bands: uint64 [BANDS, d], where asked for; lines: uint64 [s] hashes of the lines, where they are the parts;
-            left_out: list of (reason, text).
+            left_out: list of (reason, text); bad_records: list of (where, what) as BadRecords.add() takes them.
     """
-    dtype, eod = how["dtype"], how["eod"]
+    dtype, eod, components = how["dtype"], how["eod"], how["components"]
     encode = corpus_encoder(how["backend_json"], dtype, say)
     clean = make_cleaner(how["preset"], how["fix_unicode"])
     contamination = Contamination(how["decontaminate"]) if how["decontaminate"] else None
@@ -45,8 +46,15 @@ def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
         text, reason = clean(plain(text))
         return text, reason or (contamination.where(text) if contamination else None)
 
+    def read(batch, bad_records, inputs):
+        for block, number in batch:
+            for text, label in block.documents(bad_records):
+                if components is None or label in components:
+                    yield text, inputs.setdefault((number, label), len(inputs))
+
     def encode_shard(batch):
-        judged = [(*judge(text), source) for text, source in zip(*batch, strict=True)]
+        bad_records, inputs = FoundBadRecords(), {}
+        judged = [(*judge(text), source) for text, source in read(batch, bad_records, inputs)]
         left_out = [(reason, text[:SAMPLE_CHARACTERS]) for text, reason, _ in judged if reason]
         taken = [(text, source, split(text)) for text, reason, source in judged if not reason]
         encoded = iter(encode(list(chain.from_iterable(parts for *_, parts in taken))))
@@ -65,9 +73,20 @@ def make_shard_encoder(how: dict, say: Callable[[str], None]) -> Callable:
             sequences = [[ids + end for _, ids in pairs] for *_, pairs in documents]
         found["tokens"], found["lengths"] = join_ids(list(chain.from_iterable(sequences)), dtype)
         found["counts"] = np.fromiter(map(len, sequences), np.int32, len(sequences))
-        return found | {"left_out": left_out}
+        return found | {"left_out": left_out, "inputs": list(inputs), "bad_records": bad_records.found}
 
     return encode_shard
+
+
+class FoundBadRecords:
+    """In place of BadRecords where the limit is not known: found is the list of (where, what)."""
+
+    def __init__(self):
+        self.found = []
+
+    def add(self, where, what):
+        """Keep one."""
+        self.found.append((where, what))
 
 
 def _facts(documents):

@@ -5,8 +5,9 @@ Each is an object with `source`, the number of the --input that named it (datase
     size()          bytes that have to be read, None where nobody knows
     missing()       bytes of these that have to be downloaded and kept first
     fetch(say)      have it here
-    documents(args, bad_records, first, step)
-                    (text, label) of the documents number first, first + step, ... from 0, as read_labelled yields them
+    blocks(args, bad_records, first, step)
+                    its documents as read_blocks yields them, or, where several shards share it, the part of shard
+                    number first, from 0, of step
     release()       remove what fetch left behind
 """
 
@@ -16,7 +17,8 @@ from itertools import islice, zip_longest
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from common.data.documents import checked_text, expand_files, missing_column, read_labelled
+from common.data.blocks import checked_text, gathered, missing_column
+from common.data.documents import expand_files, read_blocks
 from common.data.hub import load_dataset, reading
 from common.data.token_files import MAGIC, TokenFile
 from common.data.tokenizers import TokenizerKind, load_tokenizer
@@ -48,9 +50,10 @@ class TextFile:
     def fetch(self, say):
         pass
 
-    def documents(self, args, bad_records, first, step):
-        found = read_labelled([self.path], args.text_column, args.document_separator, bad_records)
-        return islice(found, first, None, step)
+    def blocks(self, args, bad_records, first, step):
+        found = read_blocks([self.path], args.text_column, args.document_separator, bad_records)
+        # another shard begins each time, so that many small blocks are dealt evenly, too
+        return (block.dealt((first - number) % step, step) for number, block in enumerate(found))
 
     def release(self):
         pass
@@ -63,7 +66,10 @@ class TokenFileText(TextFile):
     def identity(self):
         return [*super().identity(), *TextFile(self.path.with_suffix(".idx")).identity()]
 
-    def documents(self, args, bad_records, first, step):
+    def blocks(self, args, bad_records, first, step):
+        return gathered(self._documents(args, first, step))
+
+    def _documents(self, args, first, step):
         named = args.input_tokenizer_name or args.tokenizer_name
         if not named:
             raise UserError(f"{self.path}: token ids: name the tokenizer that made them with --input_tokenizer_name")
@@ -115,8 +121,8 @@ class RemoteFile:
     def fetch(self, say):
         download(self.url, self.path, say, self.sha256, self.headers)
 
-    def documents(self, args, bad_records, first, step):
-        return TextFile(self.path).documents(args, bad_records, first, step)
+    def blocks(self, args, bad_records, first, step):
+        return TextFile(self.path).blocks(args, bad_records, first, step)
 
     def release(self):
         self.path.unlink(missing_ok=True)
@@ -152,7 +158,10 @@ class HubDataset:
     def release(self):
         pass
 
-    def documents(self, args, bad_records, first, step):
+    def blocks(self, args, bad_records, first, step):
+        return gathered(self._documents(args, bad_records, first, step))
+
+    def _documents(self, args, bad_records, first, step):
         what = f"--dataset_name {self.name}"
         with reading(what, "check the name, --dataset_config_name and the network"):
             splits = load_dataset(self.name, self.config, self.cache_dir, streaming=True)

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import filelock
 import numpy as np
 
-from common.data.documents import BadRecords, expand_files
+from common.data.blocks import BadRecords
+from common.data.documents import expand_files
 from common.data.prepare import TOKENIZER_SAMPLE_CHARACTERS
 from common.data.token_files import token_dtype
 from common.data.tokenizers import CAUSAL, MASKED, UNIGRAM, load_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -16,11 +18,11 @@ from common.errors import UserError
 from common.files import crc32, write_whole
 from common.prepare.inputs import ANY
 from common.prepare.shards import refuse_other_settings
-from common.prepare.tokenize import shard_documents
+from common.prepare.tokenize import shard_blocks
 
 KINDS = {"wordpiece": MASKED, "bpe": CAUSAL, "unigram": UNIGRAM}
 NO_DOCUMENTS = "the input holds no documents (nothing but white space?); check --input and --text_column"
-VERSION = 2
+VERSION = 3
 READING = (
     "text_column",
     "document_separator",
@@ -66,6 +68,7 @@ class Settings:
             "decontaminate": self.decontaminate,
             "preset": None if shared["filter"] == "none" else shared["filter"],
             "fix_unicode": shared["fix_unicode"],
+            "components": shared["components"],
         }
 
     def of_shard(self, shard):
@@ -131,9 +134,12 @@ def make_settings(args, shards, folder, say):
 def _train(kind, args, shards, say):
     sample, size, bad_records = [], 0, BadRecords(args.max_bad_records)
     for shard in shards:
-        for document, _ in shard_documents(shard, args, bad_records, say):
-            sample.append(plain(document))
-            size += len(document)
+        blocks = shard_blocks(shard, args, bad_records, say)
+        documents = chain.from_iterable(block.documents(bad_records) for block, _ in blocks)
+        for document, label in documents:
+            if args.components is None or label in args.components:
+                sample.append(plain(document))
+                size += len(document)
             if size >= TOKENIZER_SAMPLE_CHARACTERS:
                 break
         if size >= TOKENIZER_SAMPLE_CHARACTERS:

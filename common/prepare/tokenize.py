@@ -1,19 +1,16 @@
 """One shard: read it, tokenize it with all cores, write it whole or not at all."""
 
 import json
-import os
 import time
 from contextlib import closing
 
 import filelock
 import numpy as np
 
-from common.data.documents import BadRecords
+from common.data.blocks import BLOCK_SIZE, BadRecords
 from common.data.token_files import TokenFileWriter, token_dtype
-from common.data.tokenizing import BATCH_CHARACTERS
-from common.data.workers import ONE_THREAD, map_batches
 from common.errors import UserError
-from common.prepare.encoding import Dropped, make_shard_encoder
+from common.prepare.encoding import Dropped
 from common.prepare.facts import FactsWriter
 from common.prepare.needs import shard_bytes
 from common.prepare.shards import ShardFiles, writing
@@ -40,7 +37,7 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
     Args:
         shard: common.prepare.shards.Shard; folder: Path of the shards.
         prepared_with: common.prepare.settings.Settings.
-        args: PrepareArguments; workers: processes; say: function that prints a line.
+        args: PrepareArguments; workers: common.data.workers.Workers; say: function that prints a line.
     Returns:
         bool: whether there was anything to do.
     Raises:
@@ -64,29 +61,27 @@ def write_shard(shard, folder, prepared_with, args, workers, say):
 
 def _write(shard, files, settings, prepared_with, args, workers, say):
     bad_records, meter, dropped = BadRecords(args.max_bad_records), _Meter(shard), Dropped()
-    sources = {}  # numbers by (input, label)
+    inputs = {}  # numbers by (input, label)
 
     def batches():
-        batch, numbers, size = [], [], 0
-        for document, source in shard_documents(shard, args, bad_records, meter.bar.note):
-            batch.append(document)
-            numbers.append(sources.setdefault(source, len(sources)))
-            size += len(document)
-            if size >= BATCH_CHARACTERS:
-                yield batch, numbers
-                batch, numbers, size = [], [], 0
-        yield batch, numbers
+        batch, size = [], 0
+        for block, source in shard_blocks(shard, args, bad_records, meter.bar.note):
+            batch.append((block, source))
+            size += block.size
+            if size >= BLOCK_SIZE:
+                yield batch
+                batch, size = [], 0
+        yield batch
 
-    how = (prepared_with.how,)
-    if workers == 1:
-        os.environ.update(ONE_THREAD)  # read by Rust at each call
-        results = map(make_shard_encoder(*how, meter.bar.note), batches())
-    else:
-        results = map_batches(batches(), make_shard_encoder, how, workers, meter.bar.note, flag="--workers")
+    results = workers.map(batches(), (prepared_with.how,), meter.bar.note)
     totals = dict.fromkeys(("characters", "words"), 0)
     token_files = TokenFileWriter(files.prefix, token_dtype(prepared_with.vocab_size))
     with closing(meter.bar), token_files as writer, FactsWriter(files.facts_in) as facts_writer:
         for found in results:
+            for where, what in found["bad_records"]:
+                bad_records.add(where, what)
+            numbers = [inputs.setdefault(one, len(inputs)) for one in found["inputs"]]
+            found["sources"] = np.array(numbers, np.uint16)[found["sources"]]
             for reason, text in found["left_out"]:
                 dropped.add(reason, [text])
             writer.append(found["tokens"], found["lengths"], found["counts"])
@@ -99,7 +94,7 @@ def _write(shard, files, settings, prepared_with, args, workers, say):
             "bad_records": bad_records.count,
             "dropped": dropped.reasons,
             "seconds": round(meter.seconds(), 2),
-            "inputs": [list(source) for source in sources],
+            "inputs": [list(one) for one in inputs],
             "facts": facts_writer.finish(),
         }
         written = writer.finish(prepared_with.of_shard_file() | facts)
@@ -138,14 +133,13 @@ class _Meter:
         return f"{size:,.1f} MB of text, {size / self.seconds():.1f} MB/s"
 
 
-def shard_documents(shard, args, bad_records, say):
-    """Yield (text, (number of the input, label)) of a shard's documents.
+def shard_blocks(shard, args, bad_records, say):
+    """Yield (block of documents as read_blocks yields them, number of the input) of a shard.
 
     Args:
         shard: Shard; args: PrepareArguments; bad_records: BadRecords; say: function that prints a line.
     """
     for one, first, step in shard.parts:
         one.fetch(say)
-        for text, label in one.documents(args, bad_records, first, step):
-            if args.components is None or label in args.components:
-                yield text, (one.source, label)
+        for block in one.blocks(args, bad_records, first, step):
+            yield block, one.source

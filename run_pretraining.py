@@ -35,12 +35,13 @@ from common.errors import run_main
 from common.fill_mask import fill_mask_examples
 from common.final_report import report
 from common.models.attention_choice import choose_attention, refuse_attention
+from common.models.families import judges_tokens
 from common.models.layers import use_attention
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
 from common.parallel.state import plain_model
-from common.report import MASKED
+from common.report import ELECTRA, MASKED
 from common.resume import resume_settings
 from common.run import Run
 from common.stop import StopSignals
@@ -74,10 +75,11 @@ def main():
     # ---- Data, model, optimizer ------------------------------------------------------------------
     corpus, shorter, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
     flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
-    masking = Masking.for_tokenizer(corpus.tokenizer, **{name: getattr(data_args, name) for name in flags})
-    eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    chosen = {name: getattr(data_args, name) for name in flags} | {"judges_tokens": judges_tokens(model.config)}
+    masking = Masking.for_tokenizer(corpus.tokenizer, **chosen)
+    eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
         start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
@@ -167,8 +169,9 @@ def main():
     results = run.results() | in_force
     if accelerator.is_main_process:
         results |= unigram_baseline(corpus.train, masking.vocab_size, eval_batches)
-        examples = fill_mask_examples(output_dir, corpus.tokenizer, corpus.validation)
-        report(MASKED, output_dir, results, corpus, examples, config, command, meter)
+        kind = ELECTRA if judges_tokens(config) else MASKED
+        examples = fill_mask_examples(output_dir / kind.folder, corpus.tokenizer, corpus.validation)
+        report(kind, output_dir, results, corpus, examples, config, command, meter)
     parallel.shut_down(accelerator)
     return 0
 

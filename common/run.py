@@ -209,6 +209,8 @@ class Run:
         self.log_row(evaluation)
         loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
         pairs = f", of pairs {evaluation['eval_sentence_accuracy']:.2%}" if "eval_sentence_loss" in evaluation else ""
+        if "eval_discriminator_loss" in evaluation:
+            pairs += ", of the discriminator {eval_discriminator_accuracy:.2%}".format(**evaluation)
         self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}{pairs}")
         return evaluation
 

@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     DebertaConfig,
     DebertaV2Config,
+    ElectraConfig,
     GPT2Config,
     LlamaConfig,
     MegatronBertConfig,
@@ -26,10 +27,10 @@ from common.errors import UserError
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import GB, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan, planned
-from common.models.families import FAMILIES
+from common.models.families import FAMILIES, judges_tokens
 from common.models.footprint import footprint, optimizer_state, parameter_count
 from common.models.layers import make_fast, use_attention
-from common.models.presets import OPT_SIZES, opt_shape
+from common.models.presets import OPT_SIZES, electra_shape, opt_shape
 from common.optimizers import build_optimizer
 from common.utilisation import peak_resident_bytes, resident_bytes
 from pretraining import results
@@ -50,6 +51,7 @@ MASKED = {
     "megatron-bert": MegatronBertConfig(**SMALL, **NO_DROPOUT),
     "deberta": DebertaConfig(**SMALL, **NO_DROPOUT, **FAMILIES["deberta"].published),
     "deberta-v2": DebertaV2Config(**SMALL, **NO_DROPOUT, **FAMILIES["deberta-v2"].published),
+    "electra": ElectraConfig(**SMALL, **NO_DROPOUT, **electra_shape("tiny", {**SMALL, "intermediate_size": 256}, 0.5)),
     "modernbert": ModernBertConfig(**{**SMALL, **FAMILIES["modernbert"].published}, pad_token_id=0, local_attention=8),
 }
 
@@ -129,8 +131,11 @@ def test_activations_of_masked_models(name):
     ids, some = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, targets, dtype=torch.int64)
     batch = {"input_ids": ids, "position_ids": ids, "document_ids": ids, "masked_positions": some}
     batch |= {"masked_labels": some, "masked_weights": some + 1.0, "loss_denominator": torch.ones(())}
+    if judges_tokens(config):
+        batch |= {"sampling_keys": some, "token_weights": ids + 1.0, "token_denominator": torch.ones(())}
     kept = kept_bytes(model, lambda: model(**batch))
-    of_loss = 4 * (1000 * 64 + 1000 + rows * targets * 64)  # gradients that the loss made in the forward pass
+    width = model.get_output_embeddings().in_features
+    of_loss = 4 * (1000 * width + 1000 + rows * targets * width)  # gradients that the loss made in the forward pass
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept) - of_loss
     model = footprint(config, length, head="masked", targets=targets, packed=True)
     assert model.traced

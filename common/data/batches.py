@@ -17,7 +17,16 @@ import numpy as np
 import torch
 
 from common.batch_ramp import BatchRamp
-from common.data.masking import REPLACED, choose_tokens, derive_key, permute, replace_tokens, targets_per_row
+from common.data.masking import (
+    REPLACED,
+    SAMPLING_STREAM,
+    choose_tokens,
+    derive_key,
+    permute,
+    random_bits,
+    replace_tokens,
+    targets_per_row,
+)
 from common.data.tokenizers import vocabulary_size
 from common.data.words import RUN_WORDS, choose_words, word_begins
 
@@ -40,6 +49,7 @@ class Masking:
         default=None, repr=False, compare=False
     )  # bool [V]; None: tokens are chosen
     run_words: int = 1  # most words in a row that are chosen together
+    judges_tokens: bool = False  # all of them, by what a generator puts in the place of those that are masked
     labels: ClassVar[str] = "masked_labels"  # which of a batch's arrays says what is predicted,
     weights: ClassVar[str] = "masked_weights"  # and which what counts
 
@@ -52,8 +62,13 @@ class Masking:
         mask_replace_prob=0.8,
         random_replace_prob=0.1,
         final_mlm_probability=None,
+        judges_tokens=False,
     ):
-        """As the flags of these names say. Args: tokenizer: transformers' fast one, with a mask token."""
+        """As the flags of these names say.
+
+        Args:
+            tokenizer: transformers' fast one, with a mask token; judges_tokens: as the field.
+        """
         shares = [round(share * 1000) for share in (mask_replace_prob, random_replace_prob)]
         common = gcd(*shares, 1000)
         return cls(
@@ -64,11 +79,12 @@ class Masking:
             (*(share // common for share in shares), 1000 // common),
             None if masking == "token" else word_begins(tokenizer),
             RUN_WORDS if masking == "ngram" else 1,
+            judges_tokens,
         )
 
     def for_validation(self):
         """The same for all runs: 15 % of the tokens are chosen, and treated as in BERT."""
-        return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id)
+        return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id, judges_tokens=self.judges_tokens)
 
     def most_targets(self, seq_length):
         """k: fixed for a run, whose rate may change."""
@@ -98,7 +114,9 @@ class Masking:
             rows: DocumentRows, ConcatenatedRows or SentencePairs; row: [B] int64; keys: [B] uint64.
             progress: share of the run that is over when these rows come, [B] float64 or one number.
         Returns:
-            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k].
+            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k]; where
+            all tokens are judged sampling_keys [B, k] int64, a function of a row's key and of the position, and
+            token_weights [B, S] float32, 0 for padding.
         """
         batch, k = rows.build(row, keys), self.most_targets(rows.seq_length)
         limits = self.limits(rows, row, keys, np.broadcast_to(progress, row.shape))
@@ -108,13 +126,19 @@ class Masking:
         else:
             chosen = choose_words(is_text, self.word_begins[ids], keys, k, self.run_words, limits)
         targets = replace_tokens(ids, chosen, keys, self.vocab_size, self.mask_id, self.replaced)
-        return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
+        batch |= dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
+        if self.judges_tokens:
+            draws = random_bits(derive_key(keys, SAMPLING_STREAM)[:, None], batch["masked_positions"])
+            batch |= {"sampling_keys": draws.view(np.int64)}
+            batch |= {"token_weights": (batch["document_ids"] > 0).astype(np.float32)}
+        return batch
 
 
 class NextToken:
     """Causal language modelling as an objective; see Masking."""
 
     labels, weights = "labels", "weights"
+    judges_tokens = False
 
     def for_validation(self):
         """The same."""
@@ -279,6 +303,8 @@ class TrainBatches:
                     step, micro_batch = divmod(begin + index, accumulation)
                     batch = {name: array[index] for name, array in built.items()}
                     batch["loss_denominator"] = np.float32(weight[step] / (accumulation * self.ranks))
+                    if self.objective.judges_tokens:
+                        batch["token_denominator"] = np.float32(tokens[step] / (accumulation * self.ranks))
                     yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
             first += steps * size
 
@@ -325,9 +351,11 @@ class EvalBatches:
             place = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             row = self.chosen[np.minimum(place, len(self.chosen) - 1)]
             batch = self.objective.make_batch(self.rows, row, derive_key(EVAL_SEED, row))
-            for name in {self.objective.weights, "sentence_weights"} & batch.keys():
+            for name in {self.objective.weights, "sentence_weights", "token_weights"} & batch.keys():
                 batch[name][place >= len(self.chosen)] = 0
             batch["loss_denominator"] = np.float32(1)
+            if self.objective.judges_tokens:
+                batch["token_denominator"] = np.float32(1)
             yield batch
 
 

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
 from common.models.causal import set_attention
-from common.models.families import FAMILIES
+from common.models.families import FAMILIES, judges_tokens
 from common.models.layers import make_fast, use_attention
 from common.models.presets import feed_forward_size
 from common.optimizers import build_optimizer, find_optimizer_class, hidden_matrices
@@ -91,7 +91,8 @@ def _measure(config, seq_length, shape):
         traced = {name: (few[name] - least * layer[name], layer[name]) for name in layer}  # (outside, in each layer)
         traced |= {"widest": more["widest"], "traced": True}
         if head == "masked":  # the loss is a part of this forward pass, and its gradients are counted apart
-            width, vocabulary = config.hidden_size, config.vocab_size
+            vocabulary = config.vocab_size
+            width = count["output"] // vocabulary
             traced["kept"] = traced["kept"][0] - 4 * targets * width, traced["kept"][1]
             traced["copies"] = traced["copies"][0] - 4 * (width + 1) * vocabulary, traced["copies"][1]
     except Exception:  # a forward pass that depends on the numbers fails in as many ways as there are architectures
@@ -242,6 +243,8 @@ def ready_step(config, seq_length, head="causal", targets=None, packed=False, at
             some = torch.zeros(rows, targets, dtype=torch.int64)
             batch = {"position_ids": ids, "document_ids": one, "masked_positions": some, "masked_labels": some}
             batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
+            if judges_tokens(config):
+                batch |= {"sampling_keys": some, "token_weights": ids.float(), "token_denominator": torch.ones(())}
             return model(input_ids=ids, **batch)
         batch = {"attention_mask": same_document_mask(ids, torch.float32), "position_ids": ids} if packed else {}
         return model.base_model(input_ids=ids, **batch)

@@ -63,12 +63,13 @@ def masked_batch(corpus, out, masking):
     """Rows of several documents each, as a run masks them, with the tokenizer of a finished run."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     lines = corpus.read_text().splitlines()[:60]
-    documents = [np.array(tokenizer(line, add_special_tokens=False).input_ids) for line in lines]
+    ids = tokenizer(lines, add_special_tokens=False).input_ids
+    documents = [np.array(tokens[: 8 + number]) for number, tokens in enumerate(ids)]  # of many lengths
     lengths = np.array([len(document) for document in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     file = SimpleNamespace(tokens=np.concatenate(documents), starts=starts, lengths=lengths)
     rows = DocumentRows(file, Frame.for_masked(tokenizer), 64, out / "rows")
-    number = np.arange(12)
+    number = np.arange(len(rows))
     batch = Masking.for_tokenizer(tokenizer, 0.3, masking).make_batch(rows, number, derive_key(3, number))
     assert batch["document_ids"].max() > 1
     batch["loss_denominator"] = batch["masked_weights"].sum()

@@ -47,8 +47,9 @@ from common.models.causal import (
     row_length,
     set_attention,
 )
+from common.models.footprint import optimizer_state
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
-from common.optimizers import build_optimizer
+from common.optimizers import OPTIMIZERS, build_optimizer
 from common.report import CAUSAL, write_all_results
 from common.resume import resume_settings
 from common.run import Run
@@ -212,6 +213,7 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
         data_args.block_size,
         precision=precision,
         optimizer_type=args.optimizer_type,
+        state=None if args.optimizer_type in OPTIMIZERS and not args.optimizer_args else optimizer_state(config, args),
         ranks=ranks,
         accumulation=accumulation,
         gradient_checkpointing=args.gradient_checkpointing,

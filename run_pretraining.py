@@ -35,12 +35,13 @@ from common.errors import run_main
 from common.fill_mask import fill_mask_examples
 from common.final_report import report
 from common.models.attention_choice import choose_attention, refuse_attention
+from common.models.families import judges_tokens
 from common.models.layers import use_attention
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.mlm import build_mlm_model
 from common.optimizers import build_optimizer
 from common.parallel.state import plain_model
-from common.report import MASKED
+from common.report import ELECTRA, MASKED
 from common.resume import resume_settings
 from common.run import Run
 from common.stop import StopSignals
@@ -72,12 +73,13 @@ def main():
     here = {"rank": rank, "ranks": ranks, "device": accelerator.device}
 
     # ---- Data, model, optimizer ------------------------------------------------------------------
-    corpus, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
+    corpus, shorter, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
     flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
-    masking = Masking.for_tokenizer(corpus.tokenizer, **{name: getattr(data_args, name) for name in flags})
-    eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     set_seed(args.seed)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    chosen = {name: getattr(data_args, name) for name in flags} | {"judges_tokens": judges_tokens(model.config)}
+    masking = Masking.for_tokenizer(corpus.tokenizer, **chosen)
+    eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
         start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
@@ -110,15 +112,23 @@ def main():
         f"{per_device} per device x {accumulation} accumulation x {ranks} process(es)"
     )
 
+    for end, short in shorter:
+        times = data_args.max_seq_length // short.seq_length
+        say(f"up to {end:.1%} of the run: {len(short):,} rows of {short.seq_length} tokens, {times} for one")
+
     # ---- Everything a resumed run must remember --------------------------------------------------
     settings = resume_settings(model_args, data_args, args)
     settings |= {"corpus": corpus.fingerprint, "precision": in_force["precision"], **shape_of(config)}
     run = Run(accelerator, model, optimizer, args, len(rows), settings, output_dir, say, stop, args.ema_decay)
-    length = data_args.max_seq_length
-    pairs = data_args.sentence_objective != "none"  # one more position that the last layer computes
-    targets = {mode.most_targets(length) + pairs for mode in (masking, masking.for_validation())}
-    shape = (config, per_device, length, sorted(targets), data_args.packing == "documents", compiling)
-    choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say)
+
+    def shape_with(length):
+        pairs = data_args.sentence_objective != "none"  # one more position that the last layer computes
+        targets = {mode.most_targets(length) + pairs for mode in (masking, masking.for_validation())}
+        in_batch = per_device * (data_args.max_seq_length // length)
+        return config, in_batch, length, sorted(targets), data_args.packing == "documents", compiling
+
+    *others, shape = (shape_with(stage.length) for stage in data_args.stages)
+    choose = partial(choose_attention, accelerator, shape, attention, run.saved.get("attention"), say, others)
     attention = parallel.on_main(accelerator, choose)
     use_attention(plain_model(model), attention)
     run.remembered = {"attention": attention}
@@ -127,11 +137,13 @@ def main():
     parallel.on_main(accelerator, lambda: run_folder.write_arguments(output_dir, facts))
     parallel.on_main(accelerator, lambda: corpus.tokenizer.save_pretrained(output_dir) and None)  # for its checkpoints
     span = {"consumed_rows": run.state.consumed_rows, "total_rows": run.limits.total_rows, "ramp": run.limits.ramp}
-    batches = stream(batch_size=per_device, accumulation=accumulation, **span)
+    batches = stream(batch_size=per_device, accumulation=accumulation, shorter=shorter, **span)
     parallel.start_tracker(accelerator, output_dir, args.project_name, args.job_name or output_dir.name, settings)
 
     def flops(rows, tokens, layer_passes=3):
-        return masked_flops(config, tokens, rows * masking.most_targets(length), length, layer_passes)
+        length = batches.rows.seq_length  # in the present stage
+        targets = rows * batches.times * masking.most_targets(length)
+        return masked_flops(config, tokens, targets, length, layer_passes)
 
     # ---- Train until the budget is spent -----------------------------------------------------------
     meter = Meter(flops, MASKED_FORMULA, batches, accelerator.device, in_force["precision"], in_force["world_size"])
@@ -157,8 +169,9 @@ def main():
     results = run.results() | in_force
     if accelerator.is_main_process:
         results |= unigram_baseline(corpus.train, masking.vocab_size, eval_batches)
-        examples = fill_mask_examples(output_dir, corpus.tokenizer, corpus.validation)
-        report(MASKED, output_dir, results, corpus, examples, config, command, meter)
+        kind = ELECTRA if judges_tokens(config) else MASKED
+        examples = fill_mask_examples(output_dir / kind.folder, corpus.tokenizer, corpus.validation)
+        report(kind, output_dir, results, corpus, examples, config, command, meter)
     parallel.shut_down(accelerator)
     return 0
 
@@ -194,20 +207,22 @@ def shape_of(config):
 
 
 def prepare_rows(data_args, say, first=True):
-    """The corpus that the flags name, and its rows for training and validation.
+    """The corpus that the flags name, the shorter rows of earlier stages, and the rows for training and validation.
 
     Only the first process overwrites a cache; the others use what it made.
     """
     corpus = prepare_corpus(replace(data_args, overwrite_cache=data_args.overwrite_cache and first), say)
-    shape = Frame.for_masked(corpus.tokenizer), data_args.max_seq_length
-    if data_args.sentence_objective != "none":
-        parts = corpus.train, corpus.validation
-        return corpus, *(SentencePairs(part, *shape, data_args.sentence_objective) for part in parts)
-    rows = (
-        build_rows(part, *shape, data_args.packing, corpus.rows_folder / name)
-        for name, part in (("train", corpus.train), ("validation", corpus.validation))
-    )
-    return corpus, *rows
+    frame = Frame.for_masked(corpus.tokenizer)
+
+    def rows_of(name, length):
+        part = getattr(corpus, name)
+        if data_args.sentence_objective != "none":
+            return SentencePairs(part, frame, length, data_args.sentence_objective)
+        return build_rows(part, frame, length, data_args.packing, corpus.rows_folder / name)
+
+    *shorter, longest = data_args.stages
+    shorter = [(float(stage.end), rows_of("train", stage.length)) for stage in shorter]
+    return corpus, shorter, rows_of("train", longest.length), rows_of("validation", longest.length)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ anything is loaded. The dataclasses are read-only after parsing.
 import json
 import sys
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -15,7 +16,17 @@ from transformers.hf_argparser import HfArg
 
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
-from common.models.presets import DEVIATION, MEGATRON_SIZES, MODEL_SIZES, SIZES_BY_TYPE, deviation, model_shape
+from common.length_stages import Stage, parse_stages, refuse_empty_stages
+from common.models.electra import DISCRIMINATOR_WEIGHT, GENERATOR_WEIGHT
+from common.models.presets import (
+    DEVIATION,
+    MEGATRON_SIZES,
+    MODEL_SIZES,
+    SIZES_BY_TYPE,
+    deviation,
+    electra_shape,
+    model_shape,
+)
 from common.parallel import launched_engine
 from common.training_arguments import TextArguments, TrainingArguments, check_text, check_training
 
@@ -59,7 +70,7 @@ REPLACED_FLAGS = {
     "--data_loader_type": (1, "accelerate_configs/ddp.yaml (or any other) splits the rows over its processes"),
 }
 
-MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert", "megatron-bert")
+MODEL_TYPES = ("bert", "roberta", "albert", "deberta", "deberta-v2", "modernbert", "megatron-bert", "electra")
 ALIASES = {"bert-mlm": "bert", "bert-mlm-roberta": "roberta"}  # ExtremeBERT's names
 
 # What --config_name sets, by the names that a configuration and the flags share; what else it may say of the layers,
@@ -85,7 +96,11 @@ FREE_WITH_WEIGHTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "attn_implementation",
+    "generator_name_or_path",
+    "generator_weight",
+    "discriminator_weight",
 )
+OF_ELECTRA = ("generator_size", "generator_name_or_path", "generator_weight", "discriminator_weight")
 
 
 @dataclass
@@ -94,9 +109,9 @@ class ModelArguments:
 
     model_type: str = HfArg(
         default="bert",
-        help="bert, roberta, albert (layers share their weights), deberta, deberta-v2 (as v3), modernbert, or "
-        "megatron-bert (= bert with --encoder_ln_mode pre-ln); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert "
-        "and roberta.",
+        help="bert, roberta, albert (layers share their weights), deberta, deberta-v2 (as v3), modernbert, "
+        "megatron-bert (= bert with --encoder_ln_mode pre-ln), or electra (a generator fills in the masked tokens, a "
+        "discriminator finds those it replaced); ExtremeBERT's bert-mlm and bert-mlm-roberta mean bert and roberta.",
     )
     model_size: str = HfArg(
         default="mini",
@@ -140,12 +155,36 @@ class ModelArguments:
         help="plain (two matmuls), sdpa, flex_attention (CUDA), or auto: the fastest one, measured at the start.",
     )
 
+    generator_size: float | None = HfArg(
+        default=None,
+        aliases=["--generator_hidden_size"],
+        help="electra: width of the generator as a share of the discriminator's (1/4, of base 1/3, as published).",
+    )
+    generator_name_or_path: str | None = HfArg(
+        default=None,
+        help="electra: the generator of --model_name_or_path, where it is not in its folder generator/.",
+    )
+    generator_weight: float = HfArg(
+        default=GENERATOR_WEIGHT, aliases=["--gen_weight"], help="electra: weight of the generator's loss."
+    )
+    discriminator_weight: float = HfArg(
+        default=DISCRIMINATOR_WEIGHT, aliases=["--disc_weight"], help="electra: weight of the discriminator's loss."
+    )
+
     @property
     def shape(self):
-        """Layers, width, heads and feed-forward width, by their names in a transformers configuration."""
+        """Layers, width, heads and feed-forward width, by their names in a transformers configuration, and what else
+        an electra has."""
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         changes = {name: getattr(self, name) for name in names}
-        return model_shape(self.model_size, **changes, model_type=self.family)
+        shape = model_shape(self.model_size, **changes, model_type=self.family)
+        return shape | (electra_shape(self.model_size, shape, self.generator_size) if self.family == "electra" else {})
+
+    @property
+    def electra_flags(self):
+        """The names of those that are for electra alone and have been given."""
+        defaults = {field_.name: field_.default for field_ in fields(self)}
+        return [name for name in OF_ELECTRA if getattr(self, name) != defaults[name]]
 
     @property
     def family(self):
@@ -158,6 +197,12 @@ class DataArguments(TextArguments):
     """The text, and how it becomes rows for masked-language modelling."""
 
     max_seq_length: int = HfArg(default=128, help="Tokens in a row.")
+    max_seq_length_stages: str | None = HfArg(
+        default=None,
+        help="Rows that grow in the course of the run, as in 128:0.9,512:0.1: lengths with their shares of the steps, "
+        "or of the time where the learning rate follows it. Batch sizes, epochs and validation are those of the last "
+        "length; of shorter rows a device takes as many more, so that every step has the same tokens.",
+    )
     packing: str = HfArg(
         default="documents",
         help="documents: documents share a row but do not see each other; concat: one stream cut into rows.",
@@ -183,6 +228,13 @@ class DataArguments(TextArguments):
         help="Also judge pairs of texts, one pair in a row: sop (are two texts of a document in order?) or nsp (does "
         "the second follow the first?); needs token files of sentences in --dataset_path.",
     )
+
+    @property
+    def stages(self):
+        """Stages of --max_seq_length_stages; one where all rows have one length."""
+        if self.max_seq_length_stages:
+            return parse_stages(self.max_seq_length_stages)
+        return [Stage(self.max_seq_length, Fraction(1))]
 
 
 @dataclass
@@ -228,6 +280,7 @@ def parse_pretraining_arguments(argv=None):
         model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
         if training.optimizer_type != "muon":
             notes = [*notes, "note: this YAML cuts matrices, which Muon needs whole: AdamW takes its place"]
+    _settle_length(data)
     _check_model(model, data, defaults)
     _check_data(data)
     if model.model_name_or_path and not data.tokenizer_name:  # its embedding knows no other ids
@@ -235,6 +288,7 @@ def parse_pretraining_arguments(argv=None):
     if training.train_batch_size is None:
         training.train_batch_size = GPU_BATCH if torch.cuda.is_available() else CPU_BATCH
     check_training(training, default_epochs=PARITY_EPOCHS if training.parity else None)
+    _check_stages(data, training)
     if training.ema_decay is not None:
         between(training, "ema_decay", 0, 1, lower_open=True, upper_open=True)
     if data.final_mlm_probability is not None and training.lr_schedule == "time":
@@ -307,6 +361,14 @@ def _check_model(model, data, defaults):
             "--attn_implementation flex_attention has no dropout: give auto, plain or sdpa, or "
             "--attention_probs_dropout_prob 0"
         )
+    if model.generator_size is not None:
+        between(model, "generator_size", 0, 1, lower_open=True)
+    for name in ("generator_weight", "discriminator_weight"):
+        at_least(model, name, 0)
+    if model.generator_name_or_path and not model.model_name_or_path:
+        raise UserError("--generator_name_or_path needs --model_name_or_path, its discriminator: give both")
+    if not model.model_name_or_path and model.family != "electra" and model.electra_flags:
+        raise UserError(f"--{model.electra_flags[0]} is for --model_type electra: drop one of them")
     width, heads = (model.shape[name] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:
         given = f"--num_attention_heads {heads}" if model.num_attention_heads else f"its {heads} heads of 64"
@@ -316,6 +378,30 @@ def _check_model(model, data, defaults):
             f"--max_seq_length {data.max_seq_length} is above --max_position_embeddings "
             f"{model.max_position_embeddings}: shorten the rows or enlarge the model's positions"
         )
+
+
+def _settle_length(data):
+    """Let --max_seq_length be that of the last stage: the longest rows decide what does not change in a run."""
+    if data.max_seq_length_stages == "":
+        raise UserError("--max_seq_length_stages is empty: give a value, or leave the flag out")
+    if not data.max_seq_length_stages:
+        return
+    longest = data.stages[-1].length
+    if data.max_seq_length not in (DataArguments.max_seq_length, longest):
+        raise UserError(
+            f"--max_seq_length {data.max_seq_length} contradicts --max_seq_length_stages "
+            f"{data.max_seq_length_stages}: drop it"
+        )
+    data.max_seq_length = longest
+
+
+def _check_stages(data, training):
+    if data.max_seq_length_stages and training.throughput_steps:
+        raise UserError(
+            "--throughput_steps contradicts --max_seq_length_stages: measure each length by itself (--max_seq_length)"
+        )
+    if training.lr_schedule == "step" and training.max_train_steps:
+        refuse_empty_stages(data.stages, training.max_train_steps)
 
 
 def _check_data(data):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from common.errors import UserError, first_line
 from common.files import crc32, flush
 from common.parallel import on_main, raise_together
+from common.resume import saved_settings
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -139,10 +140,10 @@ def refuse_other_settings(path, settings, may_change):
     """Raise UserError where a checkpoint belongs to a run with other settings.
 
     Args:
-        path: the checkpoint; settings: dict of plain values, as the run's `state["settings"]` was saved.
+        path: the checkpoint; settings: common.resume.Settings, or a dict of plain values.
         may_change: names of settings that may differ.
     """
-    before = read_state(path)["settings"]
+    before = saved_settings(read_state(path)["settings"], settings)
     different = [name for name in settings if name not in may_change and before.get(name) != settings[name]]
     if different:
         pairs = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in different[:4])

@@ -10,10 +10,13 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from common.checkpoint import MANIFEST, damage, latest_checkpoint
 from common.errors import UserError, run_main
 from common.files import flush
+from common.models.electra import generator_config, split_weights
+from common.models.presets import GENERATOR
 
 USAGE = "usage: bash scripts/convert_checkpoint.sh <checkpoint> <output-folder> [max-shard-size]"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -69,16 +72,22 @@ def convert(source, output, shard_size=SHARD_SIZE):
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        weights = load_file(source / WEIGHTS)
-        try:
-            save_torch_state_dict(weights, unfinished, filename_pattern=SHARD_PATTERN, max_shard_size=shard_size)
-        except ValueError as error:
-            raise UserError(f"max-shard-size '{shard_size}': give a size as 500MB or 5GB") from error
         shutil.copy(source / CONFIG, unfinished)
-        for pattern in TOKENIZER_FILES:
-            for file in source.resolve().parent.glob(pattern):
-                shutil.copy(file, unfinished)
-        files = sorted(unfinished.iterdir())
+        weights, of_generator = split_weights(load_file(source / WEIGHTS))
+        models = {unfinished: weights}
+        if of_generator:
+            generator_config(AutoConfig.from_pretrained(source)).save_pretrained(unfinished / GENERATOR)
+            models[unfinished / GENERATOR] = of_generator
+        for folder, tensors in models.items():
+            try:
+                save_torch_state_dict(tensors, folder, filename_pattern=SHARD_PATTERN, max_shard_size=shard_size)
+            except ValueError as error:
+                raise UserError(f"max-shard-size '{shard_size}': give a size as 500MB or 5GB") from error
+            for pattern in TOKENIZER_FILES:
+                for file in source.resolve().parent.glob(pattern):
+                    shutil.copy(file, folder)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        names = [str(file.relative_to(unfinished)) for file in files]
         for file in files:
             flush(file)
         unfinished.rename(output)
@@ -87,7 +96,7 @@ def convert(source, output, shard_size=SHARD_SIZE):
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     flush(output.absolute().parent)
-    return [file.name for file in files]
+    return names
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from common.models.cross_entropy import chunk_size
 from common.models.footprint import footprint
 
 GB = 1e9
-MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers that an optimizer keeps for each parameter; others: as AdamW
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers that an optimizer keeps for each parameter; unknown: as AdamW
 ORTHOGONALIZED = 4  # copies of the largest stack of equal matrices while Muon updates it
 HEAP_SHARE = 0.1  # of the activations: gaps between them in a CPU's heap; see benchmarks/bench_memory.py
 
@@ -47,7 +47,8 @@ class Workload:
     """What a process is to train.
 
     config: transformers configuration. rows: in a micro-batch; seq_length: tokens in a row. precision: "fp32", "bf16"
-    or "fp16". optimizer_type: as --optimizer_type; momentum: whether an SGD has one. strategy: a name in STRATEGIES;
+    or "fp16". optimizer_type: as --optimizer_type; state: numbers that it keeps for each parameter, None where the
+    type says it. strategy: a name in STRATEGIES;
     slices: processes that share each layer's matrices and the rows (tensor parallelism); ranks: processes that read
     different rows; replicas: groups of them that repeat each other (HSDP); offload: the optimizer in the host's
     memory; offload_parameters: the parameters too. accumulation: micro-batches in a step. head: "causal", or "masked"
@@ -60,7 +61,7 @@ class Workload:
     seq_length: int
     precision: str = "fp32"
     optimizer_type: str = "adamw"
-    momentum: bool = False
+    state: float | None = None
     strategy: str = "ddp"
     slices: int = 1
     ranks: int = 1
@@ -246,9 +247,11 @@ def _buffers(workload, model, mixed):
 
 
 def _moments(workload, model):
+    if workload.state is not None:
+        return round(workload.state * model.parameters)
     if workload.optimizer_type == "muon":
         return 2 * model.parameters - model.matrices
-    return MOMENTS.get(workload.optimizer_type, 2) * model.parameters + workload.momentum * model.parameters
+    return MOMENTS.get(workload.optimizer_type, 2) * model.parameters
 
 
 def _update_bytes(workload, model):

@@ -39,7 +39,9 @@ FLAGS = {
 OF_ADAM = ("betas", "eps")
 
 
-def build_optimizer(model: torch.nn.Module, args, precision: str = "fp32") -> torch.optim.Optimizer:
+def build_optimizer(
+    model: torch.nn.Module, args, precision: str = "fp32", trial: bool = True
+) -> torch.optim.Optimizer:
     """Make the optimizer that the arguments name, over the parameters of the model that are trained.
 
     Of the four settings that have flags, each goes only to a class that takes it. Not taking adam_beta1/2 and
@@ -51,6 +53,7 @@ def build_optimizer(model: torch.nn.Module, args, precision: str = "fp32") -> to
         args: optimizer_type, optimizer_args (list of "key=value"), learning_rate, weight_decay, adam_beta1,
             adam_beta2, adam_epsilon, lr_scheduler_type.
         precision: of the run's matrix products, "fp32", "bf16", "fp16" or "fp8"; one of ours may have some itself.
+        trial: whether a class of the library is tried out.
     Raises:
         UserError: unknown name, a class that cannot be imported or trained with, or arguments that it does not take.
     """
@@ -88,7 +91,7 @@ def build_optimizer(model: torch.nn.Module, args, precision: str = "fp32") -> to
             f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} does not take these arguments "
             f"({given}): {_one_line(error)}; change the flag or --optimizer_args they come from"
         ) from error
-    if is_of_library(optimizer_class) and (reason := why_not_train(make, groups)):
+    if trial and is_of_library(optimizer_class) and (reason := why_not_train(make, groups)):
         raise UserError(f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} {reason}")
     return optimizer
 

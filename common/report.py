@@ -5,10 +5,11 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.models.presets import GENERATOR
 from common.progress import format_count, format_duration
 
 WIDTH = 96  # columns of the summary
@@ -22,15 +23,17 @@ class ModelKind:
     task: str  # of transformers' pipeline, and on the hub
     predicted: str  # what the loss is the loss of
     judged: str
+    folder: str = ""  # of the language model in that of the model
 
     def snippet(self, folder: Path | str) -> str:
         """Two lines of Python that load the model."""
         variable = self.task.replace("-", "_")
-        call = f"pipeline({json.dumps(self.task)}, model={json.dumps(str(folder))})"
+        call = f"pipeline({json.dumps(self.task)}, model={json.dumps(str(Path(folder) / self.folder))})"
         return f"from transformers import pipeline\n\n{variable} = {call}"
 
 
 MASKED = ModelKind("masked language model", "fill-mask", "masked", "with 15 % of the tokens masked")
+ELECTRA = replace(MASKED, name="discriminator (ELECTRA) with the generator that it judges", folder=GENERATOR)
 CAUSAL = ModelKind("causal language model", "text-generation", "next", "each from those before it in its row")
 
 COLORS = {"train": "#4c72b0", "eval": "#c44e52", "baseline": "#7f7f7f"}
@@ -315,6 +318,8 @@ def _results_table(results: dict, kind: ModelKind) -> list[tuple[str, str, str]]
         table.insert(1, ("perplexity", *(f"{math.exp(loss):,.2f}" for loss in losses)))
     if "eval_sentence_accuracy" in results:
         table.append(("accuracy on pairs of texts", f"{results['eval_sentence_accuracy']:.1%}", "50.0%"))
+    if "eval_discriminator_accuracy" in results:
+        table.append(("accuracy of the discriminator", f"{results['eval_discriminator_accuracy']:.1%}", ""))
     return table
 
 

@@ -1,6 +1,6 @@
 """Which settings of a run a continued run must share with its checkpoint, and which it may change."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 # What a continued run may change, because it only cuts, watches or ends the run differently ...
 FREE_ON_RESUME = """
@@ -26,11 +26,35 @@ SAID_ON_RESUME = """
 """.split()
 
 
+class Settings(dict):
+    """Settings by name. Attribute before: what those were in force as whose flags did not exist yet, by name."""
+
+    before = {}
+
+
 def resume_settings(*groups):
     """The settings that decide what a run computes, as a flat dict of plain values, for its checkpoints.
 
     Args:
         groups: the dataclasses that parse_pretraining_arguments returns.
+    Returns:
+        Settings.
     """
     left_out = {*FREE_ON_RESUME, *IN_THE_FINGERPRINT}
-    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.name not in left_out}
+    flags = [(group, flag) for group in groups for flag in fields(group) if flag.name not in left_out]
+    settings = Settings({flag.name: getattr(group, flag.name) for group, flag in flags})
+    settings.before = {flag.name: _default(flag) for _, flag in flags}
+    return settings
+
+
+def saved_settings(saved, settings):
+    """What a checkpoint's run was set to; it may be older than some of today's flags.
+
+    Args:
+        saved: dict, the settings in the checkpoint; settings: today's Settings, or a plain dict of them.
+    """
+    return getattr(settings, "before", {}) | saved
+
+
+def _default(flag):
+    return flag.default if flag.default_factory is MISSING else flag.default_factory()

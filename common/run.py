@@ -16,6 +16,7 @@ from common.limits import WARM_UP_STEPS, Limits, due
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog, write_all_results
+from common.resume import saved_settings
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, judged_weights, refuse_infinite_weights, save_pretrained
@@ -31,7 +32,7 @@ class Run:
         accelerator, model, optimizer: as accelerator.prepare returned the last two.
         args: common.arguments.TrainingArguments.
         rows: number of rows in one pass over the data.
-        settings: dict of plain values that a continued run must share with its checkpoint.
+        settings: common.resume.Settings, plain values that a continued run must share with its checkpoint.
         output_dir: Path; say: function that prints on the main process.
         stop: StopSignals.
         ema_decay: of an average of the weights, which is saved beside the model; None = there is none.
@@ -88,9 +89,10 @@ class Run:
         self.metrics_log.truncate_after(self.state.completed_steps)
         used = f"step {self.state.completed_steps:,}, {self.clock.used_hours:.3f} hours used"
         self.say(f"continuing from {checkpoint}: {used}")
+        before = saved_settings(self.saved["settings"], self.settings)
         for name, value in self.settings.items():
-            if value != self.saved["settings"][name]:
-                self.say(f"note: {name} is now {value}; it was {self.saved['settings'][name]}")
+            if value != before[name]:
+                self.say(f"note: {name} is now {value}; it was {before[name]}")
 
     def steps(self, batches, eval_batches, tokenizer, meter, label, compiling=False, cap=None):
         """Yield what `batches` yields until a limit is reached or a signal comes; the caller makes the steps.
@@ -152,7 +154,8 @@ class Run:
 
         warm = args.throughput_steps is not None and state.completed_steps == WARM_UP_STEPS
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)
-        if log_due or self.reason in LAST_LOG or warm:
+        stage_ends = self.batches.rows_at(limits.schedule_progress) is not self.batches.rows
+        if log_due or self.reason in LAST_LOG or warm or stage_ends:  # a logged speed is of rows of one length
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
             metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
             self.log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / self.rows})
@@ -177,8 +180,11 @@ class Run:
         self._begin_step()
 
     def _begin_step(self):
-        """Let the strategy accumulate the micro-batches of the next step."""
-        self.step_rows, accumulation = self.batches.next_step(self.state.consumed_rows)
+        """Let the data and the strategy make ready for the next step: its length of rows, its micro-batches."""
+        consumed, rows = self.state.consumed_rows, self.batches.rows
+        self.step_rows, accumulation = self.batches.next_step(consumed, self.limits.schedule_progress)
+        if rows is not self.batches.rows:
+            self.bar.note(f"after step {self.state.completed_steps:,}: rows of {self.batches.rows.seq_length} tokens")
         if accumulation != self.accelerator.gradient_accumulation_steps:
             parallel.set_accumulation(self.accelerator, accumulation)
             self.bar.note(f"after step {self.state.completed_steps:,}: global batch {self.step_rows:,} rows")
@@ -203,6 +209,8 @@ class Run:
         self.log_row(evaluation)
         loss, accuracy = evaluation["eval_loss"], evaluation["eval_accuracy"]
         pairs = f", of pairs {evaluation['eval_sentence_accuracy']:.2%}" if "eval_sentence_loss" in evaluation else ""
+        if "eval_discriminator_loss" in evaluation:
+            pairs += ", of the discriminator {eval_discriminator_accuracy:.2%}".format(**evaluation)
         self.bar.note(f"step {self.state.completed_steps:,}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}{pairs}")
         return evaluation
 

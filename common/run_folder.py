@@ -15,13 +15,15 @@ from common.checkpoint import (
     resolve_checkpoint,
 )
 from common.errors import UserError
+from common.models.presets import GENERATOR
 from common.resume import SAID_ON_RESUME
 
 ARGUMENTS, RESULTS, METRICS, READINGS = "args.json", "all_results.json", "metrics.jsonl", "clock.f64"
 AVERAGE = "ema"  # the model with the average of the weights
 # What a run writes, and so what --overwrite_output_dir may remove; anything else in the folder is left alone.
 OWN_FILES = (ARGUMENTS, RESULTS, METRICS, READINGS, "curves.png", "README.md", "config.json", "model.safetensors")
-OWN_FILES += ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "tracker", AVERAGE)
+OWN_FILES += ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "tracker")
+OWN_FILES += (AVERAGE, GENERATOR)
 OWN_PATTERNS = ("step_*", "marker_*", "model-*-of-*.safetensors", "model.safetensors.index.json")
 OWN_PATTERNS += ("eval_predictions*.tsv", "eval_plot*.png", "predict_results*.tsv")
 

@@ -4,10 +4,12 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from common.errors import DivergedError
+from common.models.presets import GENERATOR
 from common.parallel.state import all_finite, consolidated_weights, plain_model
 
 LESS_EXTREME = (
@@ -178,7 +180,8 @@ def evaluate(accelerator, model, eval_batches):
         eval_batches: this process's batches, the same number for each.
     Returns:
         dict: eval_loss (mean over predicted positions, in nats), eval_accuracy; where there are pairs of sentences
-        eval_sentence_loss and eval_sentence_accuracy, too.
+        eval_sentence_loss and eval_sentence_accuracy, too, and of a discriminator, over all tokens,
+        eval_discriminator_loss and eval_discriminator_accuracy.
     Raises:
         DivergedError: a loss that is not a number.
     """
@@ -191,6 +194,8 @@ def evaluate(accelerator, model, eval_batches):
             if "sentence_weights" in batch:
                 of_pairs = output.sentence_losses, output.sentence_correct, batch["sentence_weights"]
                 judged["eval_sentence_"] = of_pairs
+            if "token_weights" in batch:
+                judged["eval_discriminator_"] = output.token_losses, output.token_correct, batch["token_weights"]
             parts = [((losses * w).sum(), (correct * w).sum(), w.sum()) for losses, correct, w in judged.values()]
             sums += torch.stack([torch.stack(part) for part in parts]).to("cpu", torch.float64)
     model.train()
@@ -210,7 +215,7 @@ def refuse_infinite_weights(accelerator, model, step):
 
 
 def save_pretrained(accelerator, model, tokenizer, folder):
-    """Write a stock transformers model and its tokenizer. Every process calls it.
+    """Write a stock transformers model, or a pair of them, and its tokenizer. Every process calls it.
 
     Args:
         model: prepared model; tokenizer: None where there is none; folder: Path.
@@ -219,5 +224,6 @@ def save_pretrained(accelerator, model, tokenizer, folder):
     if accelerator.is_main_process:
         plain_model(model).save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            for place in filter(Path.is_dir, (folder, folder / GENERATOR)):
+                tokenizer.save_pretrained(place)
     accelerator.wait_for_everyone()

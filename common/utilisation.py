@@ -10,11 +10,14 @@ import torch
 
 from common.hardware import AUTOCAST
 from common.memory_settings import give_back_memory
+from common.models.electra import generator_config
+from common.models.families import judges_tokens
 
 MASKED_FORMULA = (
     "6·T·(P·(L-1)/L + 2·H²) + 6·M·(P/L - 2·H²) + 12·H·S·(T·(L-1) + M) + 6·M·(H² + H·V): T real tokens, M predicted "
     "ones, P weights of the L layers; of the last layer only keys and values are needed at all T; with DeBERTa's two "
-    "position scores 24·H·S; in ModernBERT's local layers S is the window"
+    "position scores 24·H·S; in ModernBERT's local layers S is the window; of ELECTRA the "
+    "generator's, and the discriminator's with M = T and V = 1"
 )
 
 
@@ -33,6 +36,14 @@ def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
     Source: 2 FLOPs per weight and token forward, twice that backward (Kaplan et al. 2020, section 2.1), attention
         scores and sums as in Chowdhery et al. 2022, appendix B.
     """
+    if judges_tokens(config):
+        of_generator = _at_targets(generator_config(config), tokens, targets, seq_length, layer_passes)
+        # the discriminator's every token is a target, with a head of its own
+        return of_generator + _at_targets(config, tokens, tokens, seq_length, layer_passes, outputs=1)
+    return _at_targets(config, tokens, targets, seq_length, layer_passes)
+
+
+def _at_targets(config, tokens, targets, seq_length, layer_passes, outputs=None):
     width, layers = config.hidden_size, config.num_hidden_layers
     in_feed_forward = 3 if config.model_type == "modernbert" else 2  # matrices: its gate is one more
     layer = 4 * width**2 + in_feed_forward * width * config.intermediate_size
@@ -45,8 +56,10 @@ def masked_flops(config, tokens, targets, seq_length, layer_passes=3):
     *lengths, last = (reach if kind == "sliding_attention" else seq_length for kind in kinds)
     attention = products * width * (tokens * sum(lengths) + targets * last)
     of_words = getattr(config, "embedding_size", width)
-    head = of_words * (width + config.vocab_size)
-    return layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention) + 6 * targets * head
+    projection = tokens * width * of_words if of_words != width else 0
+    head = of_words * (width + config.vocab_size) if outputs is None else width * (width + outputs)
+    layers = layer_passes * 2 * (tokens * everywhere + targets * at_targets + attention)
+    return layers + 6 * (projection + targets * head)
 
 
 def causal_flops(model, seq_length):

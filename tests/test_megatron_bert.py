@@ -41,6 +41,18 @@ def test_sizes_have_the_parameters_that_were_published(family, size):
     assert parameter_count(config, head="masked") + pooler == pytest.approx(1e6 * sizes[size], rel=0.05)
 
 
+@pytest.mark.parametrize(("size", "millions", "share"), [("small", 14, 4), ("base", 110, 3), ("large", 335, 4)])
+def test_electra_has_the_parameters_that_were_published(size, millions, share):
+    with torch.device("meta"):
+        model = build("electra", size, vocabulary=30522)
+    apart = sum(p.numel() for name, p in model.named_parameters() if name.startswith("generator."))
+    assert model.num_parameters() - apart == pytest.approx(1e6 * millions, rel=0.05)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    mine, its = ([getattr(config, name) for name in names] for config in (model.config, model.generator.config))
+    assert its == [*(value // share for value in mine[:3]), mine[3]]
+    assert parameter_count(model.config, head="masked") == model.num_parameters()
+
+
 @pytest.mark.parametrize("family", SIZES_BY_TYPE)
 def test_every_family_has_the_smallest_sizes(family):
     tiny, mini = (build(family, size).config for size in ("tiny", "mini"))

@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     DebertaConfig,
     DebertaV2Config,
+    ElectraConfig,
     GPT2Config,
     LlamaConfig,
     MegatronBertConfig,
@@ -21,14 +22,16 @@ from transformers import (
 )
 
 from causal import opt_parameters
+from common.clm_arguments import parse_clm_arguments
 from common.errors import UserError
 from common.limit_memory import refuse_above_cap, set_memory_cap
 from common.memory import GB, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan, planned
-from common.models.families import FAMILIES
-from common.models.footprint import footprint, parameter_count
+from common.models.families import FAMILIES, judges_tokens
+from common.models.footprint import footprint, optimizer_state, parameter_count
 from common.models.layers import make_fast, use_attention
-from common.models.presets import OPT_SIZES, opt_shape
+from common.models.presets import OPT_SIZES, electra_shape, opt_shape
+from common.optimizers import build_optimizer
 from common.utilisation import peak_resident_bytes, resident_bytes
 from pretraining import results
 
@@ -48,6 +51,7 @@ MASKED = {
     "megatron-bert": MegatronBertConfig(**SMALL, **NO_DROPOUT),
     "deberta": DebertaConfig(**SMALL, **NO_DROPOUT, **FAMILIES["deberta"].published),
     "deberta-v2": DebertaV2Config(**SMALL, **NO_DROPOUT, **FAMILIES["deberta-v2"].published),
+    "electra": ElectraConfig(**SMALL, **NO_DROPOUT, **electra_shape("tiny", {**SMALL, "intermediate_size": 256}, 0.5)),
     "modernbert": ModernBertConfig(**{**SMALL, **FAMILIES["modernbert"].published}, pad_token_id=0, local_attention=8),
 }
 
@@ -127,8 +131,11 @@ def test_activations_of_masked_models(name):
     ids, some = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, targets, dtype=torch.int64)
     batch = {"input_ids": ids, "position_ids": ids, "document_ids": ids, "masked_positions": some}
     batch |= {"masked_labels": some, "masked_weights": some + 1.0, "loss_denominator": torch.ones(())}
+    if judges_tokens(config):
+        batch |= {"sampling_keys": some, "token_weights": ids + 1.0, "token_denominator": torch.ones(())}
     kept = kept_bytes(model, lambda: model(**batch))
-    of_loss = 4 * (1000 * 64 + 1000 + rows * targets * 64)  # gradients that the loss made in the forward pass
+    width = model.get_output_embeddings().in_features
+    of_loss = 4 * (1000 * width + 1000 + rows * targets * width)  # gradients that the loss made in the forward pass
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept) - of_loss
     model = footprint(config, length, head="masked", targets=targets, packed=True)
     assert model.traced
@@ -187,6 +194,57 @@ def test_optimizers():
     assert state["sgd"].optimizer == 0
     assert state["muon"].optimizer == state["adamw"].optimizer - 4 * matrices
     assert state["muon"].update == 4 * 4 * matrices // 3
+
+
+def optimizer_arguments(name, *more):
+    flags = ["--optimizer_type", name, "--lr_scheduler_type", "constant", "--max_train_steps", "9"]
+    return parse_clm_arguments([*flags, *(["--optimizer_args", *more] if more else [])])[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("adamw", ["amsgrad=True"]),
+        ("sgd", ["momentum=0.9"]),
+        ("lamb", []),
+        ("muon", []),
+        ("radam", []),
+        ("adafactor", []),
+        ("lion", []),
+        ("prodigy", []),
+        ("schedulefree", []),
+        ("shampoo", []),
+        ("soap", ["max_precondition_dim=128"]),
+    ],
+)
+def test_the_state_of_any_optimizer_is_counted_before_it_exists(name, more):
+    """Against the bytes that it really keeps after a step of a real model."""
+    config, args = CAUSAL["opt"], optimizer_arguments(name, *more)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = build_optimizer(model, args)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [t for value in values for t in (value if isinstance(value, list) else [value]) if torch.is_tensor(t)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    counted = optimizer_state(config, args)
+    assert counted == pytest.approx(held / 4 / model.num_parameters(), rel=1e-6)
+    state = estimate(Workload(config, 1, 32, optimizer_type=name, state=counted)).optimizer
+    assert state == pytest.approx(held, abs=4)
+
+
+def test_what_cannot_be_counted_is_taken_for_adamw(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Sparse(torch.optim.SGD):\n"
+        "    def step(self):\n"
+        "        [p.grad.nonzero().tolist() for group in self.param_groups for p in group['params']]\n"
+    )
+    args = optimizer_arguments(f"{tmp_path}/mine.py:Sparse")
+    assert optimizer_state(CAUSAL["opt"], args) is None
+    with pytest.raises(UserError, match="no such optimizer"):
+        optimizer_state(CAUSAL["opt"], optimizer_arguments("adamx"))
 
 
 def test_libraries_count_on_a_cpu_alone():
@@ -346,6 +404,12 @@ def test_a_cap_that_is_too_small_ends_in_one_line_before_anything_is_written(har
     assert ran.stderr.startswith("error: the memory cap of 2 GB is too small") and ran.stderr.count("\n") == 1
     assert " would fit" in ran.stderr or "raise it to" in ran.stderr
     assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_counts_the_optimizer_that_is_asked_for(harness):
+    ran = harness.run("run_clm.py", "--model_size", "125m", "--dry_run", "--optimizer_type", "lion").check()
+    table = {line.split()[0]: line.split() for line in ran.stdout.splitlines() if line.startswith("  ")}
+    assert float(table["ddp"][table["config"].index("optimizer")]) == round(4 * parameter_count(opt("125m")) / GB, 2)
 
 
 def test_a_dry_run_of_175b_prints_the_plan(harness):

@@ -2,10 +2,19 @@
 
 import shutil
 
+import numpy as np
 import pytest
-from transformers import AutoModelForPreTraining
+import torch
+from transformers import AutoModelForPreTraining, AutoTokenizer
 from transformers.utils import logging
 
+from common.arguments import DataArguments, ModelArguments
+from common.data.batches import Masking, to_device
+from common.data.masking import derive_key
+from common.data.packing import Frame
+from common.data.sentence_pairs import SentencePairs
+from common.data.token_files import TokenFile
+from common.models.mlm import build_mlm_model
 from pretraining import SCRIPT, SMALL, assert_same_run, fp32_copy, losses, results, small_run, weights
 
 logging.set_verbosity_error()
@@ -43,8 +52,35 @@ def test_a_masking_rate_that_falls_is_learned_from_and_continued(harness, tiny_c
     assert_continues(harness, words_for, tmp_path / "whole", tmp_path / "continued", 6)
 
 
-CASES = [("bert", "sop", "BertForPreTraining"), ("bert", "nsp", "BertForPreTraining")]
-CASES += [("megatron-bert", "sop", "MegatronBertForPreTraining"), ("albert", "sop", "AlbertForPreTraining")]
+STOCK = {"bert": "BertForPreTraining", "megatron-bert": "MegatronBertForPreTraining", "albert": "AlbertForPreTraining"}
+FIRST = {("bert", "sop"), ("bert", "nsp"), ("megatron-bert", "sop"), ("albert", "sop")}
+CASES = [
+    pytest.param(
+        family, objective, STOCK[family], marks=() if (family, objective) in FIRST else pytest.mark.exhaustive
+    )
+    for family in STOCK
+    for objective in ("sop", "nsp")
+]
+
+
+def pairs_batch(sentences, out, objective):
+    """Pairs as a run masks them, with the tokenizer of a finished run."""
+    tokenizer, number = AutoTokenizer.from_pretrained(out), np.arange(12)
+    rows = SentencePairs(TokenFile(sentences / "train"), Frame.for_masked(tokenizer), 64, objective)
+    batch = Masking.for_tokenizer(tokenizer, 0.3, "whole_word").make_batch(rows, number, derive_key(3, number))
+    assert 0 < batch["sentence_labels"].sum() < 12
+    batch["loss_denominator"] = batch["masked_weights"].sum()
+    return to_device(batch, torch.device("cpu"))
+
+
+def stock_pairs_loss(model, batch):
+    """Both losses of a stock model."""
+    labels = torch.full_like(batch["input_ids"], -100)
+    row, column = (batch["masked_weights"] > 0).nonzero(as_tuple=True)
+    labels[row, batch["masked_positions"][row, column]] = batch["masked_labels"][row, column]
+    name = "sentence_order_label" if model.config.model_type == "albert" else "next_sentence_label"
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["document_ids"], "labels": labels}
+    return model(token_type_ids=batch["token_type_ids"], **given, **{name: batch["sentence_labels"][:, 0]}).loss.item()
 
 
 @pytest.mark.parametrize(("family", "objective", "stock"), CASES)
@@ -63,6 +99,11 @@ def test_pairs_of_sentences(harness, sentences, cache, tmp_path, family, objecti
     assert shown in (whole / "README.md").read_text()
     model, info = AutoModelForPreTraining.from_pretrained(whole, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and type(model).__name__ == stock
+    batch, data_args = pairs_batch(sentences, whole, objective), DataArguments(sentence_objective=objective)
+    ours = ModelArguments(model_name_or_path=str(whole), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours = build_mlm_model(ours, data_args, AutoTokenizer.from_pretrained(whole)).train()
+    with torch.no_grad():
+        assert ours(**batch).loss.item() == pytest.approx(stock_pairs_loss(model.eval(), batch), abs=1e-5)
     assert_continues(harness, words_for, whole, tmp_path / "continued", 8)
     task = tmp_path / "train.tsv"
     rows = (f"{'good' if n % 2 else 'bad'} word {n}\t{n % 2}\n" for n in range(64))
@@ -70,6 +111,16 @@ def test_pairs_of_sentences(harness, sentences, cache, tmp_path, family, objecti
     flags = ["--model_name_or_path", whole, "--train_file", task, "--validation_file", task, "--do_train", "--do_eval"]
     flags += ["--output_dir", tmp_path / "glue", "--max_train_steps", 3, "--cache_dir", cache]
     harness.run("run_glue.py", *flags).check()
+
+
+def test_pairs_that_grow_longer(harness, sentences, cache, tmp_path):
+    """A pair is as many sentences as fit the rows of a stage."""
+    flags = ["--sentence_objective", "sop", "--max_seq_length_stages", "32:0.5,64:0.5", "--checkpointing_steps", 2]
+    flags += ["--save_total_limit", 9]
+    words_for = lambda out: pairs_run(sentences, cache, out, *flags, steps=8)  # noqa: E731
+    assert "after step 4: rows of 64 tokens" in harness.run(*words_for(tmp_path / "whole")).check().stdout
+    assert 0 < results(tmp_path / "whole")["eval_sentence_loss"] < 2
+    assert_continues(harness, words_for, tmp_path / "whole", tmp_path / "continued", 6)
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp", "tensor_parallel"])

@@ -1,5 +1,6 @@
 """Stopped, killed, resumed: the continued run equals the uninterrupted one bit for bit."""
 
+import json
 import random
 import shutil
 import signal
@@ -8,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from common.checkpoint import complete_checkpoints, latest_checkpoint
+from common.checkpoint import _seal, complete_checkpoints, latest_checkpoint
 from common.report import read_metrics
 from harness import REPOSITORY
 from pretraining import SCRIPT, assert_same_run, losses, results, small_run, training_rows, wait_for_step
@@ -161,6 +162,41 @@ def test_other_settings_are_refused_by_name(harness, tiny_corpus, cache, out):
         result = harness.run(*words).check(2)
         assert named in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert (out / "metrics.jsonl").read_text() == kept
+
+
+def test_a_checkpoint_from_before_a_flag_counts_as_its_default(harness, tiny_corpus, cache, tmp_path):
+    """Of a run that began when today's newest flags did not exist."""
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    flags = ["--checkpointing_steps", 2, "--save_total_limit", 9]
+    harness.run(*small_run(tiny_corpus, cache, whole, *flags, steps=4)).check()
+    shutil.copytree(whole, old)
+    absent = ("rampup_batch_size", "ema_decay", "masking", "random_replace_prob", "decay_rate")
+    change_state(old / "step_2", lambda state: [state["settings"].pop(name) for name in absent])
+    words = small_run(tiny_corpus, cache, old, *flags, "--resume_from_checkpoint", old / "step_2", steps=4)
+    for flags, named in (
+        (["--masking", "ngram"], "masking token (now ngram)"),
+        (
+            ["--rampup_batch_size", 4, 4, 40, "--per_device_train_batch_size", 4],
+            "rampup_batch_size [] (now [4, 4, 40])",
+        ),
+    ):
+        assert named in harness.run(*words, *flags).check(2).stderr
+    result = harness.run(*words).check()
+    assert "continuing from" in result.stdout and "note:" not in result.stdout
+    assert_same_run(whole, old)
+    change_state(whole / "step_2", lambda state: state["settings"].pop("corpus"))
+    words[words.index("--output_dir") + 1] = whole
+    words[words.index("--resume_from_checkpoint") + 1] = whole / "step_2"
+    assert "corpus None (now " in harness.run(*words).check(2).stderr
+
+
+def change_state(checkpoint, change):
+    """Change what a checkpoint remembers, as if it had been written so."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state, indent=1))
+    (checkpoint / "manifest.json").unlink()
+    _seal(checkpoint)
 
 
 def test_a_stop_between_two_logs_and_validations_changes_no_row(harness, tiny_corpus, cache, tmp_path):

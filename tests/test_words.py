@@ -7,9 +7,22 @@ import pytest
 from test_batches import chi_square, limit_of
 
 from common.data.batches import Masking
-from common.data.masking import CHOICE_STREAM, NOT_TEXT, RUN_STREAM, derive_key, random_halves, replace_tokens
+from common.data.masking import (
+    CHOICE_STREAM,
+    CORRUPTION_STREAM,
+    NOT_TEXT,
+    RUN_STREAM,
+    derive_key,
+    random_halves,
+    replace_tokens,
+)
+from common.data.packing import DocumentRows, Frame
 from common.data.tokenizers import CAUSAL, MASKED, load_tokenizer
 from common.data.words import choose_words, word_begins
+from plain import TOKENIZER, token_file
+
+WIDTH = 64  # tokens in a row of documents
+TARGETS = ("masked_positions", "masked_labels", "masked_weights")
 
 
 def random_rows(seed, rows, width):
@@ -75,6 +88,56 @@ def test_equal_to_one_word_after_another(most, k, fewer):
         expected = plain_choice(is_text[row], begins[row], keys[row : row + 1], limits[row], most)
         assert found[row][found[row] < NOT_TEXT].tolist() == expected
         assert len(expected) == min(limits[row], is_text[row].sum())
+
+
+def plain_tokens(is_text, key, k):
+    """The chosen positions of one row where every token is chosen by itself."""
+    bits = (1 << (len(is_text) - 1).bit_length()) - 1
+    numbers = random_halves(derive_key(key, CHOICE_STREAM), len(is_text))[0]
+    places = [int(place) for place in np.flatnonzero(is_text)]
+    return sorted(sorted(places, key=lambda place: (int(numbers[place]) & 0x7FFFFFFF & ~bits) | place)[:k])
+
+
+def plain_masking(document_tokens, begins_word, key, k, mode):
+    """A row of documents, as (ids, positions, labels, weights): lists, one token after another."""
+    ids, is_text = [], []
+    for tokens in document_tokens:
+        ids += [2, *tokens, 3]
+        is_text += [False, *[True] * len(tokens), False]
+    ids += [0] * (WIDTH - len(ids))
+    is_text += [False] * (WIDTH - len(is_text))
+    if mode == "token":
+        chosen = plain_tokens(is_text, key, k)
+    else:
+        begins = [bool(begins_word[token]) for token in ids]
+        chosen = plain_choice(np.array(is_text), begins, key, k, {"whole_word": 1, "ngram": 3}[mode])
+    labels = [ids[place] for place in chosen]
+    for place, number in zip(chosen, random_halves(derive_key(key, CORRUPTION_STREAM), k)[0], strict=False):
+        share, token = divmod(int(number) * 10 * len(begins_word) >> 32, len(begins_word))  # of ten, and a token
+        ids[place] = 4 if share < 8 else token if share == 8 else ids[place]
+    missing = k - len(chosen)
+    return ids, chosen + chosen[:1] * missing, labels + labels[:1] * missing, [1] * len(chosen) + [0] * missing
+
+
+@pytest.mark.parametrize("mode", ["token", "whole_word", "ngram"])
+def test_batches_of_a_thousand_documents_equal_a_plain_version(tmp_path, mode):
+    """From documents to what a model is given: which tokens it must predict, and what stands in their place."""
+    chance, vocabulary = np.random.default_rng(7), 300
+    file = token_file(chance.integers(1, 90, 1000))
+    file.tokens = chance.integers(5, vocabulary, len(file.tokens))
+    begins_word = chance.random(vocabulary) < 0.6
+    rows = DocumentRows(file, Frame.for_masked(TOKENIZER), WIDTH, tmp_path)
+    words = {"word_begins": None if mode == "token" else begins_word, "run_words": 3 if mode == "ngram" else 1}
+    masking, keys = Masking(0.3, vocabulary, 4, **words), derive_key(5, np.arange(len(rows)))
+    batch, k = masking.make_batch(rows, np.arange(len(rows)), keys), round(0.3 * WIDTH)
+    seen = 0
+    for row in range(len(rows)):
+        segments = range(rows.row_ends[row - 1] if row else 0, rows.row_ends[row])
+        texts = [file.tokens[rows.starts[n] : rows.starts[n] + rows.lengths[n]].tolist() for n in segments]
+        found = [batch[name][row].tolist() for name in ("input_ids", *TARGETS)]
+        assert found == list(plain_masking(texts, begins_word, keys[row : row + 1], k, mode))
+        seen += sum(map(len, texts))
+    assert seen == file.lengths.sum() and (batch["masked_weights"] == 0).any()
 
 
 def test_a_row_is_masked_alone_as_in_company():

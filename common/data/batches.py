@@ -5,6 +5,7 @@ to the processes in turn. What a batch holds depends on its place in that sequen
 another number of processes, sees the same global batches.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -16,7 +17,16 @@ import numpy as np
 import torch
 
 from common.batch_ramp import BatchRamp
-from common.data.masking import REPLACED, choose_tokens, derive_key, permute, replace_tokens, targets_per_row
+from common.data.masking import (
+    REPLACED,
+    SAMPLING_STREAM,
+    choose_tokens,
+    derive_key,
+    permute,
+    random_bits,
+    replace_tokens,
+    targets_per_row,
+)
 from common.data.tokenizers import vocabulary_size
 from common.data.words import RUN_WORDS, choose_words, word_begins
 
@@ -39,6 +49,7 @@ class Masking:
         default=None, repr=False, compare=False
     )  # bool [V]; None: tokens are chosen
     run_words: int = 1  # most words in a row that are chosen together
+    judges_tokens: bool = False  # all of them, by what a generator puts in the place of those that are masked
     labels: ClassVar[str] = "masked_labels"  # which of a batch's arrays says what is predicted,
     weights: ClassVar[str] = "masked_weights"  # and which what counts
 
@@ -51,8 +62,13 @@ class Masking:
         mask_replace_prob=0.8,
         random_replace_prob=0.1,
         final_mlm_probability=None,
+        judges_tokens=False,
     ):
-        """As the flags of these names say. Args: tokenizer: transformers' fast one, with a mask token."""
+        """As the flags of these names say.
+
+        Args:
+            tokenizer: transformers' fast one, with a mask token; judges_tokens: as the field.
+        """
         shares = [round(share * 1000) for share in (mask_replace_prob, random_replace_prob)]
         common = gcd(*shares, 1000)
         return cls(
@@ -63,11 +79,12 @@ class Masking:
             (*(share // common for share in shares), 1000 // common),
             None if masking == "token" else word_begins(tokenizer),
             RUN_WORDS if masking == "ngram" else 1,
+            judges_tokens,
         )
 
     def for_validation(self):
         """The same for all runs: 15 % of the tokens are chosen, and treated as in BERT."""
-        return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id)
+        return Masking(EVAL_PROBABILITY, self.vocab_size, self.mask_id, judges_tokens=self.judges_tokens)
 
     def most_targets(self, seq_length):
         """k: fixed for a run, whose rate may change."""
@@ -97,7 +114,9 @@ class Masking:
             rows: DocumentRows, ConcatenatedRows or SentencePairs; row: [B] int64; keys: [B] uint64.
             progress: share of the run that is over when these rows come, [B] float64 or one number.
         Returns:
-            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k].
+            dict: what rows.build gives, without is_text; masked_positions, masked_labels, masked_weights [B, k]; where
+            all tokens are judged sampling_keys [B, k] int64, a function of a row's key and of the position, and
+            token_weights [B, S] float32, 0 for padding.
         """
         batch, k = rows.build(row, keys), self.most_targets(rows.seq_length)
         limits = self.limits(rows, row, keys, np.broadcast_to(progress, row.shape))
@@ -107,13 +126,19 @@ class Masking:
         else:
             chosen = choose_words(is_text, self.word_begins[ids], keys, k, self.run_words, limits)
         targets = replace_tokens(ids, chosen, keys, self.vocab_size, self.mask_id, self.replaced)
-        return batch | dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
+        batch |= dict(zip(("masked_positions", "masked_labels", "masked_weights"), targets, strict=True))
+        if self.judges_tokens:
+            draws = random_bits(derive_key(keys, SAMPLING_STREAM)[:, None], batch["masked_positions"])
+            batch |= {"sampling_keys": draws.view(np.int64)}
+            batch |= {"token_weights": (batch["document_ids"] > 0).astype(np.float32)}
+        return batch
 
 
 class NextToken:
     """Causal language modelling as an objective; see Masking."""
 
     labels, weights = "labels", "weights"
+    judges_tokens = False
 
     def for_validation(self):
         """The same."""
@@ -154,7 +179,11 @@ class TrainBatches:
         consumed_rows: where to begin in the sequence; a multiple of the global batch after a resume.
         total_rows: of the whole run, for an objective that changes with its progress; None: it stays at its beginning.
         ramp: common.batch_ramp.BatchRamp, for a global batch that grows to this one; None: it is the same everywhere.
+        shorter: [(end, rows)]: rows of shorter lengths that come before `rows`, until that share of the run is over.
+            All that counts rows, here and in the state of a run, counts those of full length: of rows that are n
+            times shorter, n take the place of one.
     Attributes:
+        rows: those of the stage that the last next_step was in.
         wait_seconds: time the training loop has waited for data so far.
     """
 
@@ -171,22 +200,51 @@ class TrainBatches:
         consumed_rows=0,
         total_rows=None,
         ramp=None,
+        shorter=(),
     ):
         self.rows, self.objective, self.seed = rows, objective, seed
+        self.longest, self.shorter = rows, shorter
         self.total_rows = total_rows
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         self.ramp = ramp or BatchRamp(batch_size * accumulation * ranks)
         self.device, self.consumed_rows = device, consumed_rows
         self.wait_seconds = 0.0
 
-    def next_step(self, consumed_rows):
-        """(rows in the step that begins after so many rows, micro-batches of one process in it)."""
+    @property
+    def times(self):
+        """How many rows of the present stage take the place of one of full length."""
+        return self.longest.seq_length // self.rows.seq_length
+
+    def rows_at(self, progress):
+        """The rows of a stage. Args: progress: share of the run that is over."""
+        return next((rows for end, rows in self.shorter if progress < end), self.longest)
+
+    def next_step(self, consumed_rows, progress=1.0):
+        """Begin a step, and a stage where it is the first of one.
+
+        Args:
+            consumed_rows: in the steps before it; progress: as rows_at.
+        Returns:
+            (rows in the step, micro-batches of one process in it).
+        """
+        rows = self.rows_at(progress)
+        if rows is not self.rows:
+            self.rows, self.consumed_rows = rows, consumed_rows
         size, _ = self.ramp.at(consumed_rows)
         return size, size // (self.batch_size * self.ranks)
 
     def __iter__(self):
         """Yield (batch, number, tokens): tensors on the device, the micro-batch's number within the global batch, and
         the real tokens of the whole global batch."""
+        while True:
+            rows = self.rows
+            with contextlib.closing(self._prefetched()) as items:
+                for item in items:
+                    yield item
+                    if rows is not self.rows:  # what was made ahead is of the stage before
+                        break
+
+    def _prefetched(self):
         ready = queue.Queue(maxsize=4)
         stop = threading.Event()
         worker = threading.Thread(target=self._fill, args=(ready, stop), daemon=True, name="prefetch")
@@ -222,38 +280,42 @@ class TrainBatches:
 
         Many steps are located and many rows built at once: most of what numpy costs, it costs per call.
         """
-        first = self.consumed_rows
-        at_once = max(1, BUILT_TOKENS // (self.batch_size * self.rows.seq_length))  # micro-batches
+        first, rows, times = self.consumed_rows, self.rows, self.times
+        batch_size = times * self.batch_size
+        at_once = max(1, BUILT_TOKENS // (batch_size * rows.seq_length))  # micro-batches
         while True:
             size, left = self.ramp.at(first)
             accumulation = size // (self.batch_size * self.ranks)
             steps = min(max(1, LOCATED_ROWS // size), left)
-            places = np.arange(first, first + steps * size)
-            epoch, row = self.locate(places)
+            places = np.arange(times * first, times * (first + steps * size))
+            epoch, row = self.locate(places, rows)
             keys = derive_key(self.seed, epoch, row)
-            progress = np.minimum(places / (self.total_rows or np.inf), 1.0)
-            weight = self.objective.targets(self.rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
-            tokens = self.rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
-            dealt = (steps * accumulation, self.ranks, self.batch_size)
+            progress = np.minimum(places / (times * self.total_rows if self.total_rows else np.inf), 1.0)
+            weight = self.objective.targets(rows, row, keys, progress).reshape(steps, -1).sum(axis=1)
+            tokens = rows.real_tokens(row, keys).reshape(steps, -1).sum(axis=1)
+            dealt = (steps * accumulation, self.ranks, batch_size)
             own = [array.reshape(dealt)[:, self.rank] for array in (row, keys, progress)]  # of this process
             for begin in range(0, len(own[0]), at_once):
                 built = (array[begin : begin + at_once].ravel() for array in own)
-                built = self.objective.make_batch(self.rows, *built)
-                built = {name: array.reshape(-1, self.batch_size, array.shape[1]) for name, array in built.items()}
+                built = self.objective.make_batch(rows, *built)
+                built = {name: array.reshape(-1, batch_size, array.shape[1]) for name, array in built.items()}
                 for index in range(len(built["input_ids"])):
                     step, micro_batch = divmod(begin + index, accumulation)
                     batch = {name: array[index] for name, array in built.items()}
                     batch["loss_denominator"] = np.float32(weight[step] / (accumulation * self.ranks))
+                    if self.objective.judges_tokens:
+                        batch["token_denominator"] = np.float32(tokens[step] / (accumulation * self.ranks))
                     yield batch, micro_batch * self.ranks + self.rank, int(tokens[step])
             first += steps * size
 
-    def locate(self, places):
-        """(epoch, row), each [n] int64, for places in the endless sequence of rows."""
-        epoch, index = np.divmod(places, len(self.rows))
+    def locate(self, places, rows=None):
+        """(epoch, row), each [n] int64, for places in the endless sequence of rows: of full length, or others."""
+        number_of_rows = len(self.longest if rows is None else rows)
+        epoch, index = np.divmod(places, number_of_rows)
         row = np.empty_like(index)
         for number in np.unique(epoch):  # one, or two at the seam
             here = epoch == number
-            row[here] = permute(index[here], len(self.rows), derive_key(self.seed, number))
+            row[here] = permute(index[here], number_of_rows, derive_key(self.seed, number))
         return epoch, row
 
 
@@ -289,9 +351,11 @@ class EvalBatches:
             place = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             row = self.chosen[np.minimum(place, len(self.chosen) - 1)]
             batch = self.objective.make_batch(self.rows, row, derive_key(EVAL_SEED, row))
-            for name in {self.objective.weights, "sentence_weights"} & batch.keys():
+            for name in {self.objective.weights, "sentence_weights", "token_weights"} & batch.keys():
                 batch[name][place >= len(self.chosen)] = 0
             batch["loss_denominator"] = np.float32(1)
+            if self.objective.judges_tokens:
+                batch["token_denominator"] = np.float32(1)
             yield batch
 
 

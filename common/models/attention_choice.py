@@ -31,13 +31,14 @@ def refuse_attention(name, device_type):
         )
 
 
-def choose_attention(accelerator, shape, asked, saved, say):
+def choose_attention(accelerator, shape, asked, saved, say, shorter=()):
     """The path of a run. Called on the main process; the others must be told.
 
     Args:
         accelerator, shape: as AttentionTrial, the shape as a tuple of what follows there.
         asked: as the flag; saved: what the checkpoint was trained with, None without one.
         say: function that prints.
+        shorter: shapes of other rows for which the path must be right, too.
     Returns:
         its name.
     Raises:
@@ -46,7 +47,7 @@ def choose_attention(accelerator, shape, asked, saved, say):
     chosen = saved if asked == "auto" else asked
     if chosen in ("sdpa", "plain"):
         return chosen
-    trial = AttentionTrial(accelerator, *shape)
+    trial = AttentionTrial(accelerator, *shape, [AttentionTrial(accelerator, *other) for other in shorter])
     if chosen:
         if (fault := trial.fault(chosen)) is None:
             return chosen
@@ -68,10 +69,12 @@ class AttentionTrial:
         accelerator: for the device and the precision.
         config: of the model; rows: B; seq_length: S; targets: each N for which the last layer has that many queries.
         packed: whether documents in a row must not see each other; compiled: whether the run compiles its model.
+        others: trials of other rows, whose faults count, too.
     """
 
-    def __init__(self, accelerator, config, rows, seq_length, targets, packed, compiled):
+    def __init__(self, accelerator, config, rows, seq_length, targets, packed, compiled, others=()):
         self.device, self.config, self.targets, self.packed = accelerator.device, config, targets, packed
+        self.others = others
         on_cpu = self.device.type == "cpu"
         self.compiled = compiled and not on_cpu  # on a CPU that takes minutes, and changes little
         self.rows = min(rows, MEASURED_ROWS) if on_cpu else rows
@@ -129,7 +132,7 @@ class AttentionTrial:
             self._time(name)
         except Exception as error:  # compilers and kernels fail in as many ways as there are of them
             return f"cannot run here ({type(error).__name__}: {first_line(error)})"
-        return None
+        return next(filter(None, (other.fault(name) for other in self.others)), None)
 
     def _normal(self, shape):
         return torch.randn(shape, generator=self.random).to(self.device, self.dtype)

@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute = compute_dtype(hidden.device) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         head, head_bias = weight.to(compute), None if bias is None else bias.to(compute)
         on_cpu = hidden.device.type == "cpu"
-        chunks = _even_slices(len(hidden), chunk_size(len(weight), compute))
+        chunks = even_slices(len(hidden), chunk_size(len(weight), compute))
         # all that stays first: what comes and goes would leave gaps below it
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=torch.float32 if len(chunks) > 1 else compute)
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # on a CPU a bias doubles the time of this product; in the blocks there it costs next to nothing
             logits = F.linear(states, head, None if on_cpu else head_bias)
             positions = BLOCK_LOGITS // len(weight) if on_cpu else len(states)
-            for some in _even_slices(len(states), max(1, positions)):
+            for some in even_slices(len(states), max(1, positions)):
                 block = logits[some]
                 if on_cpu and bias is not None:
                     block = block.float().add_(bias)
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return of_hidden * scale, of_weight.to(weight_dtype), of_bias, None, None
 
 
-def _even_slices(total, most):
+def even_slices(total, most):
     """Slices that cut `total` into as few parts of nearly equal size as there can be with at most `most` in each."""
     parts = -(-total // most)
     ends = [total * part // parts for part in range(parts + 1)]

@@ -18,6 +18,9 @@ from transformers import (
     DebertaForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
     MegatronBertForPreTraining,
@@ -29,6 +32,7 @@ from transformers import (
 
 from common.models.attention import compute_dtype
 from common.models.disentangled import Relative, encode, relative_positions
+from common.models.electra import ReplacedTokensMixin
 from common.models.head_loss import HeadLoss, head_loss
 from common.models.rotary import Turned
 
@@ -166,6 +170,22 @@ class AlbertPairsMixin(AlbertMixin, SentencePairsMixin):
         return self.sop_classifier(self.base_model.pooler_activation(self.base_model.pooler(hidden)))
 
 
+class ElectraMixin(MaskedPositionsMixin):
+    """The same for ELECTRA's generator: embeddings of another width than the layers are projected."""
+
+    def _embed(self, *embedded):
+        hidden = super()._embed(*embedded)
+        body = self.base_model
+        return body.embeddings_project(hidden) if hasattr(body, "embeddings_project") else hidden
+
+    def _transform(self, hidden):
+        return self.generator_predictions(hidden)
+
+
+class ElectraPairMixin(ReplacedTokensMixin, ElectraMixin):
+    """A discriminator with its generator."""
+
+
 class DebertaMixin(MaskedPositionsMixin):
     """The same for DeBERTa: relative positions in every layer; the embeddings have what the configuration says."""
 
@@ -251,6 +271,7 @@ MODERNBERT_SETTINGS = {
     "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
     "attention_probs_dropout_prob": ("attention_dropout",),
 }
+ElectraPairMixin.generator_class = _with_masked_positions(ElectraMixin, ElectraForMaskedLM)
 NO_SPECIAL_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 
 FAMILIES = {
@@ -283,6 +304,7 @@ FAMILIES = {
         DEBERTA | DEBERTA_V3,
         renamed=DEBERTA_HEAD,
     ),
+    "electra": Family(ElectraConfig, _with_masked_positions(ElectraPairMixin, ElectraForPreTraining)),
     "modernbert": Family(
         ModernBertConfig,
         _with_masked_positions(ModernBertMixin, ModernBertForMaskedLM),
@@ -300,6 +322,11 @@ def first_position(config):
 def positions(config):
     """How many tokens a model of this configuration can read."""
     return config.max_position_embeddings - first_position(config)
+
+
+def judges_tokens(config):
+    """Whether tokens that are not masked are judged, too: replaced-token detection."""
+    return config.model_type == "electra"
 
 
 def has_position_scores(config):

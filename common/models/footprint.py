@@ -13,18 +13,21 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from common.hardware import AUTOCAST
 from common.models.attention import same_document_mask
 from common.models.causal import set_attention
-from common.models.families import FAMILIES
+from common.models.families import FAMILIES, judges_tokens
 from common.models.layers import make_fast, use_attention
 from common.models.presets import feed_forward_size
-from common.optimizers import hidden_matrices
+from common.optimizers import build_optimizer, find_optimizer_class, hidden_matrices
 from common.parallel.slicing import narrow_layers, transformer_layers
 
+MOST_QUESTIONS = 10**5  # of an optimizer in a step, for the value of a number
 _known = {}  # Footprint by what it was measured for: tracing takes a second
 
 
@@ -88,7 +91,8 @@ def _measure(config, seq_length, shape):
         traced = {name: (few[name] - least * layer[name], layer[name]) for name in layer}  # (outside, in each layer)
         traced |= {"widest": more["widest"], "traced": True}
         if head == "masked":  # the loss is a part of this forward pass, and its gradients are counted apart
-            width, vocabulary = config.hidden_size, config.vocab_size
+            vocabulary = config.vocab_size
+            width = count["output"] // vocabulary
             traced["kept"] = traced["kept"][0] - 4 * targets * width, traced["kept"][1]
             traced["copies"] = traced["copies"][0] - 4 * (width + 1) * vocabulary, traced["copies"][1]
     except Exception:  # a forward pass that depends on the numbers fails in as many ways as there are architectures
@@ -103,6 +107,48 @@ def parameter_count(config, head="causal"):
         config: transformers configuration; head: "causal" or "masked".
     """
     return _count(config, head)["parameters"]
+
+
+def optimizer_state(config, args):
+    """How many numbers of 32 bits an optimizer keeps for each number of a causal model: of AdamW 2.
+
+    It makes a step on fake tensors; wherever it asks for a number, to go by it, it is told 1.
+
+    Args:
+        config: transformers configuration; args: as common.optimizers.build_optimizer.
+    Returns:
+        float; None where it cannot be told so.
+    Raises:
+        UserError: there is no such optimizer.
+    """
+    find_optimizer_class(args.optimizer_type)
+    with FakeTensorMode(), torch.device("cpu"), _AnsweredByOne():
+        with no_init_weights():
+            model = _build(config, "causal", 1)
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = build_optimizer(model, args, trial=False)
+            optimizer.step()
+        except Exception:  # of one that goes by more than single numbers, or that the run will refuse
+            return None
+    kept = {id(leaf): leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values()) / (4 * _numbers(model))
+
+
+class _AnsweredByOne(TorchDispatchMode):
+    """Fake tensors that give 1 where a number is asked for, which they have not."""
+
+    questions = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if function is not torch.ops.aten._local_scalar_dense.default:
+            return function(*args, **(kwargs or {}))
+        self.questions += 1
+        if self.questions > MOST_QUESTIONS:
+            raise RuntimeError("it would go on until a number changes")
+        return 1.0 if args[0].is_floating_point() else 1
 
 
 def _count(config, head, slices=1):
@@ -197,6 +243,8 @@ def ready_step(config, seq_length, head="causal", targets=None, packed=False, at
             some = torch.zeros(rows, targets, dtype=torch.int64)
             batch = {"position_ids": ids, "document_ids": one, "masked_positions": some, "masked_labels": some}
             batch |= {"masked_weights": torch.ones(rows, targets), "loss_denominator": torch.ones(())}
+            if judges_tokens(config):
+                batch |= {"sampling_keys": some, "token_weights": ids.float(), "token_denominator": torch.ones(())}
             return model(input_ids=ids, **batch)
         batch = {"attention_mask": same_document_mask(ids, torch.float32), "position_ids": ids} if packed else {}
         return model.base_model(input_ids=ids, **batch)

@@ -11,13 +11,16 @@ from common.models.cross_entropy import linear_cross_entropy, linear_losses
 @dataclass
 class HeadLoss(ModelOutput):
     """loss: scalar, divided as the batch says; losses and correct: [B, k] float32 and bool, only outside training;
-    sentence_losses and sentence_correct: [B, n], likewise, where there are pairs of sentences."""
+    sentence_losses and sentence_correct: [B, n], likewise, where there are pairs of sentences; token_losses and
+    token_correct: [B, S], where a discriminator judges all tokens."""
 
     loss: torch.FloatTensor | None = None
     losses: torch.FloatTensor | None = None
     correct: torch.BoolTensor | None = None
     sentence_losses: torch.FloatTensor | None = None
     sentence_correct: torch.BoolTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    token_correct: torch.BoolTensor | None = None
 
 
 def head_loss(model, hidden, labels, weights, loss_denominator):

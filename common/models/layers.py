@@ -12,6 +12,7 @@ from transformers.models.albert.modeling_albert import AlbertLayer
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.deberta.modeling_deberta import DebertaLayer, DebertaLayerNorm
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
+from transformers.models.electra.modeling_electra import ElectraLayer
 from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertLayer
 from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
@@ -80,6 +81,10 @@ class RobertaPostNormLayer(PostNormMixin, RobertaLayer):
     """A RobertaLayer."""
 
 
+class ElectraPostNormLayer(PostNormMixin, ElectraLayer):
+    """An ElectraLayer."""
+
+
 class DisentangledLayer(PostNormMixin, DebertaLayer):
     """A DebertaLayer; its mask is a Relative."""
 
@@ -128,6 +133,7 @@ FAST = {
     BertLayer: PostNormLayer,
     MegatronBertLayer: PreNormLayer,
     RobertaLayer: RobertaPostNormLayer,
+    ElectraLayer: ElectraPostNormLayer,
     AlbertLayer: SharedLayer,
     DebertaLayer: DisentangledLayer,
     DebertaLayerNorm: FusedLayerNorm,
@@ -137,7 +143,9 @@ FAST = {
 
 
 def encoder_layers(model):
-    """The layers of a stock model, each once."""
+    """The layers of a stock model, each once; of one that says which layers it calls, those."""
+    if hasattr(model, "called_layers"):
+        return list(dict.fromkeys(model.called_layers()))
     encoder = getattr(model.base_model, "encoder", None)
     if encoder is None:
         return list(model.base_model.layers)

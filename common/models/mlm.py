@@ -9,7 +9,14 @@ from transformers import AutoConfig
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
 from common.models.attention_choice import FLEX
-from common.models.families import FAMILIES, first_position, has_position_scores, has_unknown_parts, positions
+from common.models.families import (
+    FAMILIES,
+    first_position,
+    has_position_scores,
+    has_unknown_parts,
+    judges_tokens,
+    positions,
+)
 from common.models.layers import make_fast, use_attention
 from common.models.presets import MEGATRON_SIZES, deviation
 
@@ -63,6 +70,8 @@ def build_mlm_model(model_args, data_args, tokenizer):
         raise UserError(f"--max_seq_length {max_seq_length} is above the model's {longest} positions: {remedy}")
     if hasattr(model, "sop_classifier"):
         model.sop_classifier.dropout.p = model_args.hidden_dropout_prob  # the configuration's is for fine-tuning
+    if judges_tokens(model.config):
+        model.loss_weights = model_args.generator_weight, model_args.discriminator_weight
     if model_args.attn_implementation == FLEX and has_position_scores(model.config):
         raise UserError(
             f"--attn_implementation {FLEX} has no place for a {model.config.model_type}'s position scores: "
@@ -94,18 +103,25 @@ def _load(model_args, pairs):
         config.update(family.translate(**_dropout(model_args)))
         if family.renamed:
             config.legacy = True
+        options = {}
+        if judges_tokens(config):
+            options = {"generator_name_or_path": model_args.generator_name_or_path}
+        elif changed := model_args.electra_flags:
+            raise UserError(f"--{changed[0]} is for an electra, {where} is a {config.model_type}: drop one of them")
         model, info = model_class.from_pretrained(
             model_args.model_name_or_path,
             config=config,
             dtype=torch.float32,
             key_mapping=family.renamed or None,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         fault = first_line(error)
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     if info["missing_keys"]:
         remedy = "leave out --sentence_objective" if pairs else "is it a masked-language model?"
+        remedy = "is it the discriminator?" if judges_tokens(config) else remedy
         raise UserError(f"{where} lacks {sorted(info['missing_keys'])[0]}: {remedy}")
     return model
 

@@ -3,9 +3,9 @@
 Source: the BERT miniatures (Turc et al. 2019, arXiv:1908.08962, table 1) and BERT base/large (Devlin et al. 2019);
 ALBERT (Lan et al. 2020, arXiv:1909.11942, table 1); DeBERTa, v2 and v3 (He et al. 2021, arXiv:2006.03654 and
 arXiv:2111.09543) as published; ModernBERT (Warner et al. 2024, arXiv:2412.13663), with the smaller ones of Ettin
-(Weller et al. 2025, arXiv:2507.11412); Megatron-DeepSpeed's ds_pretrain_bert.sh, and PipeDream-2BW's two (Narayanan et
-al. 2021, arXiv:2006.09503, section 5.1); OPT (Zhang et al. 2022,
-arXiv:2205.01068, table 1).
+(Weller et al. 2025, arXiv:2507.11412); ELECTRA (Clark et al. 2020, arXiv:2003.10555, table 6); Megatron-DeepSpeed's
+ds_pretrain_bert.sh, and PipeDream-2BW's two (Narayanan et al. 2021, arXiv:2006.09503, section 5.1); OPT (Zhang et al.
+2022, arXiv:2205.01068, table 1).
 """
 
 from common.errors import UserError
@@ -51,7 +51,11 @@ SIZES_BY_TYPE = {
         "large": (28, 1024, 16, 2624),
     },
     "megatron-bert": MODEL_SIZES | MEGATRON_SIZES,
+    "electra": {"tiny": (2, 128), "mini": (4, 256), "small": (12, 256), "base": (12, 768), "large": (24, 1024)},
 }
+GENERATOR = "generator"  # of an ELECTRA: its folder, module and entry in the configuration of the discriminator
+ELECTRA_EMBEDDING = 128  # narrower than the model up to small, and projected
+GENERATOR_SIZE, GENERATOR_SIZES = 1 / 4, {"base": 1 / 3}  # of ELECTRA's generator: shares of the discriminator's width
 
 OPT_SIZES = {  # layers, hidden size, heads; the feed-forward layer is four times as wide
     "125m": (12, 768, 12),
@@ -95,6 +99,31 @@ def model_shape(
         "num_attention_heads": num_attention_heads or heads,
         "intermediate_size": intermediate_size or (feed_forward or 4 * width) * hidden // width,
     }
+
+
+def electra_shape(size, discriminator, generator_size=None):
+    """What an ELECTRA has beside the shape of its discriminator.
+
+    Args:
+        size: a name in SIZES_BY_TYPE["electra"]; discriminator: as model_shape.
+        generator_size: width, heads and feed-forward layer of the generator as a share of the discriminator's; None
+            for the published one.
+    Returns:
+        dict: embedding_size, and generator, a dict of what its configuration has of its own.
+    Raises:
+        UserError: a width that its heads do not divide.
+    """
+    share = generator_size or GENERATOR_SIZES.get(size, GENERATOR_SIZE)
+    names = ("hidden_size", "num_attention_heads", "intermediate_size")
+    generator = {name: max(1, round(share * discriminator[name])) for name in names}
+    width, heads = generator["hidden_size"], generator["num_attention_heads"]
+    if width % heads:
+        raise UserError(
+            f"--generator_size {share:g} makes a generator that is {width} wide and has {heads} heads, which do not "
+            "divide it: give another share, as 0.25 or 0.5"
+        )
+    narrow = size in ("tiny", "mini", "small")
+    return {"embedding_size": ELECTRA_EMBEDDING if narrow else discriminator["hidden_size"], GENERATOR: generator}
 
 
 def deviation(size):

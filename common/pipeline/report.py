@@ -221,11 +221,12 @@ def training_facts(run):
         return []
     model, results, arguments = run.model, run.results, run.arguments
     training, data = arguments["training"], arguments["data"]
+    length = data.get("max_seq_length_stages") or data["max_seq_length"]
     facts = [
         ("Model", f"{model['model_type']}, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}"),
         ("Vocabulary", f"{model['vocab_size']:,} tokens"),
         ("Text", text_of(run)),
-        ("Rows", f"{data['max_seq_length']} tokens, {100 * data['mlm_probability']:.0f} % predicted"),
+        ("Rows", f"{length} tokens, {100 * data['mlm_probability']:.0f} % predicted"),
         ("Seen", f"{results['train_tokens']:,} tokens in {results['train_steps']:,} steps"),
         ("Global batch", f"{training['train_batch_size']:,} rows"),
         ("Optimizer", f"{training['optimizer_type']}, peak learning rate {training['learning_rate']:g}"),

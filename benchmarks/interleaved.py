@@ -46,11 +46,11 @@ def run_rounds(cases, rounds):
     return measured
 
 
-def run_script(script, flags):
+def run_script(script, flags, launcher=()):
     """Run an entry script of ours to its end, in a folder that is gone afterwards.
 
     Args:
-        script: its file name; flags: words.
+        script: its file name; flags: words; launcher: words of accelerate launch's, where it is to start the script.
     Returns:
         (results, rows): all_results.json, and the lines of metrics.jsonl.
     Raises:
@@ -58,7 +58,8 @@ def run_script(script, flags):
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        words = [sys.executable, REPOSITORY / script, *flags, "--output_dir", out]
+        start = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
+        words = [sys.executable, *start, REPOSITORY / script, *flags, "--output_dir", out]
         done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stdout + done.stderr)

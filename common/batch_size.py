@@ -1,7 +1,6 @@
 """The cut of the global batch into micro-batches, and what to do when a device is full."""
 
 import torch
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 
 from common.errors import DEVICE_FULL, UserError, is_out_of_memory
@@ -42,8 +41,11 @@ def find_batch_size(accelerator, model, try_batch, per_device, agree_max):
     Raises:
         UserError: the smallest possible number does not fit.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its backward pass makes the update, too
-        raise UserError("--auto_find_batch_size cannot try sizes under DeepSpeed: give --per_device_train_batch_size")
+    if not accelerator.tries_batches:
+        raise UserError(
+            f"--auto_find_batch_size cannot try sizes under {accelerator.describe_strategy()}: give "
+            "--per_device_train_batch_size"
+        )
     while True:
         fits = _fits(accelerator, model, try_batch, per_device)
         model.zero_grad(set_to_none=True)

@@ -222,7 +222,11 @@ def save_pretrained(accelerator, model, tokenizer, folder):
     """
     weights = consolidated_weights(accelerator, model)
     if accelerator.is_main_process:
-        plain_model(model).save_pretrained(folder, state_dict=weights)
+        plain = plain_model(model)
+        dtype = next(iter(weights.values())).dtype  # not that of the parameters, which may be copies in bf16
+        plain.save_pretrained(folder, state_dict=weights)  # which empties the dict
+        plain.config.dtype = dtype
+        plain.config.save_pretrained(folder)
         if tokenizer is not None:
             for place in filter(Path.is_dir, (folder, folder / GENERATOR)):
                 tokenizer.save_pretrained(place)

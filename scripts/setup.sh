@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the Python environment that every other script uses. Does nothing, in milliseconds, when it is up to date.
 # Usage: bash scripts/setup.sh [--dev | --with-offload]
+#   (none)          requirements.txt and, without what it asks for in its turn, requirements-colossalai.txt
 #   --dev           also what the tests need (requirements-dev.txt)
 #   --with-offload  also compile what DeepSpeed's YAMLs would compile at their first use: minutes, and a C++ compiler
 #   FRUGAL_VENV     where the environment is, relative to the repository (default: .venv)
@@ -10,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${FRUGAL_VENV:-.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
 log=$venv/setup.log
+alone=requirements-colossalai.txt # whose own requirements would take other versions of what is installed
 unfinished=$venv.unfinished # exists while the environment is being changed: found at the start, it was interrupted
 
 case "$*" in
@@ -25,7 +27,7 @@ stamp() { echo "$venv $(readlink -f "$venv/bin/python")" && cat "$venv/pyvenv.cf
 
 up_to_date() {
     local file
-    for file in "${requirements[@]}"; do
+    for file in "${requirements[@]}" "$alone"; do
         [[ -x $venv/bin/python && -f $venv/installed-$file ]] || return 1
         [[ $(stamp "$file") == "$(<"$venv/installed-$file")" ]] || return 1
     done
@@ -60,7 +62,9 @@ install() {
     touch "$unfinished" && rm -f "$venv"/installed-*
     PIP_USER=0 "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
         "${requirements[@]/#/-r}" >>"$log" 2>&1 || fail
-    for file in "${requirements[@]}"; do
+    PIP_USER=0 "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps \
+        -r "$alone" >>"$log" 2>&1 || fail
+    for file in "${requirements[@]}" "$alone"; do
         stamp "$file" >"$venv/installed-$file"
     done
     rm -f "$unfinished"

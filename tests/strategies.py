@@ -8,6 +8,7 @@ from typing import NamedTuple
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from causal import OVERRIDES, causal_run
+from harness import REPOSITORY
 from pretraining import fp32_copy, small_run
 
 
@@ -39,7 +40,11 @@ CASES = {
     "hsdp": Case("HSDP, 2 copies cut in 2", 4, 1 / 2, 1 / 2),
     "tensor_parallel": Case("tensor parallel, layers in 2 slices", 2, slices=2),
     "tensor_parallel_fsdp": Case("tensor parallel, layers in 2 slices, FSDP2, cut in 2", 4, 1 / 2, 1 / 2, slices=2),
+    "colossalai_ddp": Case("Colossal-AI data parallel (DDP)", 2),
+    "colossalai_zero1": Case("Colossal-AI ZeRO-1", 2, optimizer=1 / 2),
+    "colossalai_zero2": Case("Colossal-AI ZeRO-2", 2, optimizer=1 / 2),
 }
+IN_BF16 = [name for name in CASES if not name.startswith("colossalai_zero")]  # by autocast; see test_colossalai.py
 ALONE = dict.fromkeys(("cpu", "single_gpu"), Case("single process", 1))  # BERT's rows are in test_parity.py
 MODELS = {
     "bert": AutoModelForMaskedLM,
@@ -77,3 +82,12 @@ def launch(harness, name, tmp_path, words):
         rank.check()
     assert len(ranks) == (CASES | ALONE)[name].ranks and not any(rank.stdout for rank in ranks[1:])
     return ranks[0].stdout
+
+
+def small_chunks(name, folder):
+    """A user's copy of a YAML whose chunks are as small as the largest matrix. Returns: its Path."""
+    text = (REPOSITORY / "accelerate_configs" / f"{name}.yaml").read_text()
+    copy = folder / "small.yaml"
+    copy.write_text(text.replace("min_chunk_size_m=32 search_range_m=32", "min_chunk_size_m=0 search_range_m=0"))
+    assert (copy.read_text() == text) == ("gemini" not in name)
+    return copy

@@ -99,7 +99,14 @@ def test_a_run_grows_and_continues_bit_for_bit(harness, single, tiny_corpus, cac
         assert_continues(harness, words_for, single, tmp_path / f"continued-{step}", step)
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp", "tensor_parallel"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "ddp",
+        "zero2",
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero3", "fsdp", "tensor_parallel")),
+    ],
+)
 def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, config):
     yaml = fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
     for rank in harness.launch(*command(tiny_corpus, cache, tmp_path / "two"), config=yaml):

@@ -37,7 +37,9 @@ def launched(harness, name, tmp_path, words):
     return harness.launch(*words, "--per_device_train_batch_size", 4, config=config, num_processes=None)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero2", "zero3"))]
+)
 def test_the_pages_file_trains_under_a_yaml_as_alone(harness, own_file, tiny_corpus, cache, tmp_path, name):
     path = own_file()
     harness.run(*run(path, tiny_corpus, cache, tmp_path / "alone")).check()

@@ -261,7 +261,7 @@ def command(corpus, cache, out, *flags):
 
 def test_it_learns_and_both_are_saved_as_stock(whole):
     course = list(losses(whole).values())
-    assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 2
+    assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 1  # as other families in tests/test_families.py
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     judged = [row for row in rows if "eval_loss" in row]
     assert judged[-1]["eval_loss"] < judged[0]["eval_loss"] < 6.5
@@ -325,7 +325,7 @@ def test_bf16_concatenated_rows_and_checkpointing(harness, tiny_corpus, cache, o
     words = small_run(tiny_corpus, cache, out, *ELECTRA, "--packing", "concat", "--gradient_checkpointing", steps=20)
     harness.run(*[word for word in words if word != "--fp32"], "--bf16").check()
     course = list(losses(out).values())
-    assert results(out)["precision"] == "bf16" and sum(course[-5:]) < sum(course[:5]) - 2
+    assert results(out)["precision"] == "bf16" and sum(course[-5:]) < sum(course[:5]) - 5
 
 
 def test_a_checkpoint_becomes_two_folders(whole, tmp_path):

@@ -21,8 +21,11 @@ from common.report import read_metrics
 from glue_hub import hub_folder
 from harness import REPOSITORY
 from pretraining import fp32_copy, results, small_run, wait_for_step, weights
+from strategies import small_chunks
 
 SCRIPT = "run_glue.py"
+COLOSSALAI = ("colossalai_ddp", "colossalai_zero1", "colossalai_zero2")
+GEMINI = ("colossalai_gemini_auto", "colossalai_gemini_offload")
 pytestmark = pytest.mark.slow
 
 
@@ -111,7 +114,7 @@ def test_results_predictions_and_checkpoint(whole, rte):
         "fsdp",
         *(
             pytest.param(n, marks=pytest.mark.exhaustive)
-            for n in ("zero1", "zero3", "zero2_offload", "zero3_offload", "fsdp_offload")
+            for n in ("zero1", "zero3", "zero2_offload", "zero3_offload", "fsdp_offload", *COLOSSALAI)
         ),
     ],
 )
@@ -126,6 +129,21 @@ def test_two_processes_score_as_one(harness, whole, checkpoint, rte, tmp_path, s
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
     mine, theirs = weights(out), weights(whole)
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["colossalai_gemini", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in GEMINI)]
+)
+def test_gemini_scores_as_one_process_nearly(harness, whole, checkpoint, rte, tmp_path, shows, name):
+    """In weights of bf16, where the others have autocast."""
+    shows(name, SCRIPT, 2)
+    out = tmp_path / "two"
+    words = command(checkpoint, rte, out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
+    words = [word for word in words if word != "--fp32"]
+    for rank in harness.launch(*words, config=small_chunks(name, tmp_path), num_processes=None):
+        rank.check()
+    assert results(out)["world_size"] == 2 and "Gemini" in results(out)["strategy"]
+    assert results(out)["eval_loss"] == pytest.approx(results(whole)["eval_loss"], abs=2e-2)
 
 
 def test_training_equals_a_plain_loop_with_stock_transformers(harness, checkpoint, rte, tmp_path):

@@ -178,7 +178,10 @@ def test_what_may_be_given_parts_of_tensors(name, parts, in_turn):
         assert (reason is None) == (expected is None) and (reason or "").startswith(expected or "")
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("lion", "schedulefree") else pytest.mark.exhaustive) for name in NAMED],
+)
 def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path, name):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--optimizer_type", name, *NAMED[name], "--checkpointing_steps", 7]

@@ -80,6 +80,8 @@ def shell(tmp_path, monkeypatch):
     for path in REPOSITORY.glob("*.py"):
         (shell.repository / path.name).touch()
     shutil.copytree(REPOSITORY / "configs", shell.here / "configs")
+    (shell.here / "PREPARED").mkdir()
+    (shell.here / "PREPARED" / "train.bin").touch()
     (shell.here / "bert_config.json").write_text(json.dumps(BERT_CONFIG))
     monkeypatch.chdir(shell.here)
     return shell

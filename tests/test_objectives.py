@@ -123,7 +123,14 @@ def test_pairs_that_grow_longer(harness, sentences, cache, tmp_path):
     assert_continues(harness, words_for, tmp_path / "whole", tmp_path / "continued", 6)
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp", "tensor_parallel"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "ddp",
+        "zero3",
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero2", "fsdp", "tensor_parallel")),
+    ],
+)
 def test_pairs_on_two_processes_equal_one(harness, sentences, cache, tmp_path, config):
     flags = ["--sentence_objective", "sop", "--optimizer_type", "adamw", "--learning_rate", 3e-3]
     flags += ["--per_device_train_batch_size", 4]

@@ -187,7 +187,8 @@ def test_the_time_where_stages_are_neighbours_by_hand():
     model = WORKLOAD.footprint()
     forward = 2 * (2 * (2 * 32 * model.largest_layer + 4 * 32**2 * 64) / 1e12 + 1e-4)
     sent = 2 * 2 * 32 * 64 / 10e9
-    slowest = 3 * forward + 4 * sent  # between the ends
+    head = 2 * 2 * 12 * 512 * 64 / 1e12
+    slowest = max(3 * forward + 4 * sent, 3 * (forward + head) + 2 * sent)  # between the ends; the last
     outside = model.parameters - 8 * model.largest_layer
     exchange = 4 * (2 * model.largest_layer + outside) / (2e9 / 4) + 4 * 512 * 64 / 10e9
     plan = found("2bw", 4, 2, recompute=False, neighbours="stages")

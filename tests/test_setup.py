@@ -18,16 +18,23 @@ def repository(tmp_path):
     root = tmp_path / "a repository"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(REPOSITORY / "scripts" / "setup.sh", root / "scripts")
-    information = "tiny_package-1.0.dist-info"
-    with zipfile.ZipFile(root / "tiny_package-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny_package.py", "VALUE = 7\n")
-        wheel.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: tiny-package\nVersion: 1.0\n")
-        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{information}/RECORD", "")
+    write_wheel(root, "tiny_package")
+    write_wheel(root, "demanding", "Requires-Dist: absent-package\n")
     (root / "requirements.txt").write_text("--no-index\n--find-links .\ntiny-package==1.0\n")
+    (root / "requirements-colossalai.txt").write_text("")
     (root / "requirements-dev.txt").write_text("-r more.txt\n")
     (root / "more.txt").write_text("")
     return root
+
+
+def write_wheel(root, name, metadata=""):
+    """A package of one module, version 1.0, in a wheel."""
+    information = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(root / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "VALUE = 7\n")
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")
 
 
 def start(root, *args, **env):
@@ -65,6 +72,12 @@ def test_installs_once_and_again_when_a_requirement_changes(repository, tmp_path
     (repository / "requirements-dev.txt").write_text("# nothing\n")
     assert setup(repository) == (0, "")
     assert "done in" in setup(repository, "--dev")[1]
+
+    alone = repository / "requirements-colossalai.txt"
+    alone.write_text("--no-index\n--find-links .\ndemanding==1.0\n")  # asks for a package that does not exist
+    assert "done in" in setup(repository)[1]
+    assert setup(repository) == (0, "")
+    assert list(repository.glob(".venv/lib/*/site-packages/demanding.py"))
 
     (repository / "requirements.txt").write_text("--no-index\nabsent-package==1.0\n")
     code, said = setup(repository)

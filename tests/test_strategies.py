@@ -6,10 +6,11 @@ import torch
 
 from harness import REPOSITORY
 from pretraining import fp32_copy, losses, results, training_rows, weights
-from strategies import ALONE, CASES, FIRST, MODELS, SCRIPTS, command, launch
+from strategies import ALONE, CASES, FIRST, IN_BF16, MODELS, SCRIPTS, command, launch
 
 TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
 GPUS_ALONE = {"fp8"}  # see test_fp8.py
+IN_CHUNKS = {"colossalai_gemini", "colossalai_gemini_auto", "colossalai_gemini_offload"}  # see test_colossalai.py
 GRID = [
     pytest.param(
         name, model, marks=() if model == "bert" or (model == "opt" and name in FIRST) else pytest.mark.exhaustive
@@ -42,7 +43,7 @@ def single(harness, tiny_corpus, cache, tmp_path_factory):
 
 
 def test_every_yaml_has_its_row():
-    known = CASES.keys() | ALONE | TWO_MACHINES | GPUS_ALONE
+    known = CASES.keys() | ALONE | TWO_MACHINES | GPUS_ALONE | IN_CHUNKS
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == known
 
 
@@ -73,7 +74,7 @@ def test_a_yaml_equals_one_process(harness, single, tiny_corpus, cache, tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("name", ["zero2", "fsdp"])
+@pytest.mark.parametrize("name", ["zero2", "fsdp", "colossalai_zero2"])
 def test_an_optimizer_that_needs_whole_tensors_is_refused(harness, tiny_corpus, cache, tmp_path, name):
     words = command("bert", tiny_corpus, cache, tmp_path / "run", 2, "--optimizer_type", "muon")
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
@@ -144,11 +145,12 @@ def test_a_lock_that_a_killed_build_has_left_is_named(harness, tiny_corpus, cach
     assert f"error: {lock}: a build that was killed has left this lock: remove it" in ranks[0].stderr
 
 
+SHOWN = ("zero2", "fsdp", "colossalai_ddp")
 BF16_TOLERANCE = 2e-3  # of a loss near 5.4: gradients are summed in another order, and some in bf16 (DeepSpeed)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("zero2", "fsdp") else pytest.mark.exhaustive) for n in CASES]
+    "name", [pytest.param(n, marks=() if n in SHOWN else pytest.mark.exhaustive) for n in IN_BF16]
 )
 def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, tiny_corpus, cache, tmp_path, shows, name):
     """With the YAML as it is shipped."""

@@ -62,7 +62,14 @@ def test_it_continues_bit_for_bit(harness, single, tiny_corpus, cache, tmp_path)
     assert results(tmp_path / "continued")["ema_eval_loss"] == results(single)["ema_eval_loss"]
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "fsdp", "fsdp_offload", "tensor_parallel"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "ddp",
+        "fsdp",
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero2", "fsdp_offload", "tensor_parallel")),
+    ],
+)
 def test_two_processes_equal_one(harness, single, tiny_corpus, cache, tmp_path, config):
     out, yaml = tmp_path / "two", fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
     for rank in harness.launch(*command(tiny_corpus, cache, out), config=yaml):

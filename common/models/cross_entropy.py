@@ -9,6 +9,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from common.models.attention import compute_dtype
 
@@ -33,7 +34,10 @@ def linear_cross_entropy(hidden, weight, bias, labels, weights):
     Returns:
         scalar float32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, weights)
+    arguments = hidden, weight, bias, labels, weights
+    if has_torch_function(arguments):  # of parameters that something wants to prepare before they are used
+        return handle_torch_function(linear_cross_entropy, arguments, *arguments)
+    return _LinearCrossEntropy.apply(*arguments)
 
 
 def chunk_losses(logits, labels, weights):

@@ -129,7 +129,7 @@ class ReplacedTokensMixin:
         source = generator_name_or_path or name
         try:
             own = AutoConfig.from_pretrained(source, **where)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # no such folder, and one without a configuration
             if generator_name_or_path:
                 raise
             raise UserError(

@@ -242,9 +242,9 @@ def ready_step(config, seq_length, head="causal", targets=None, packed=False, at
             one = torch.ones_like(ids)  # all of a row is one document
             some = torch.zeros(rows, targets, dtype=torch.int64)
             batch = {"position_ids": ids, "document_ids": one, "masked_positions": some, "masked_labels": some}
-            batch |= {"masked_weights": some.float(), "loss_denominator": torch.ones(())}
+            batch |= {"masked_weights": torch.ones(rows, targets), "loss_denominator": torch.ones(())}
             if judges_tokens(config):
-                batch |= {"sampling_keys": some, "token_weights": one.float(), "token_denominator": torch.ones(())}
+                batch |= {"sampling_keys": some, "token_weights": ids.float(), "token_denominator": torch.ones(())}
             return model(input_ids=ids, **batch)
         batch = {"attention_mask": same_document_mask(ids, torch.float32), "position_ids": ids} if packed else {}
         return model.base_model(input_ids=ids, **batch)

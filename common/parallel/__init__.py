@@ -21,7 +21,15 @@ from common.parallel.processes import (
     start_tracker,
 )
 from common.parallel.slicing import check_slices
-from common.parallel.strategies import compiles, describe, loader, make_accelerator, set_accumulation, set_batch
+from common.parallel.strategies import (
+    compiles,
+    describe,
+    limit_memory,
+    loader,
+    make_accelerator,
+    set_accumulation,
+    set_batch,
+)
 
 __all__ = [
     "agree_max",
@@ -35,6 +43,7 @@ __all__ = [
     "launched_engine",
     "launched_sharding",
     "launcher_started",
+    "limit_memory",
     "load_shapes",
     "loader",
     "main_first",

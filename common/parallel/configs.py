@@ -4,7 +4,8 @@ import os
 
 import yaml
 
-from common.parallel.launch import launched_engine, launched_sizes, parse_role
+from common.parallel.colossalai_options import sharding
+from common.parallel.launch import launched_engine, launched_role, launched_sizes, parse_role
 
 CPU = "cpu"
 # What accelerate's launcher makes of a YAML's keys
@@ -24,6 +25,9 @@ def launched_sharding():
         dict with strategy, slices, replicas, offload and offload_parameters, as common.memory.Workload takes them.
     """
     options = {key: os.environ.get(name) or None for key, name in VARIABLES.items()}
+    role, given = launched_role()
+    if role == "colossalai":
+        return sharding(given) | {"slices": 1}
     return _sharding(launched_engine(), options) | {"slices": launched_sizes().slices}
 
 

@@ -12,11 +12,12 @@ import torch
 from common.errors import UserError
 from common.hardware import has_bf16
 from common.optimizers import why_not_in_parts
+from common.parallel.colossalai_options import check_installed, parse_options
 from common.parallel.fp8 import check_fp8
 
 # What the first word of a YAML's `role` may be, with the options that follow it as name=number; accelerate's own
-# strategies leave torchrun's "default".
-ROLES = {"default": (), "cpu": (), "tensor_parallel": ("size",)}
+# strategies leave torchrun's "default", and Colossal-AI's options are read in colossalai_options.py.
+ROLES = {"default": (), "cpu": (), "tensor_parallel": ("size",), "colossalai": ()}
 # accelerate's flags for the engines that it starts itself, by the `distributed_type` that sets them.
 ENGINES = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 PARALLELISM = "PARALLELISM_CONFIG_"
@@ -37,12 +38,13 @@ class Sizes(NamedTuple):
 class Launch:
     """What is asked for.
 
-    engine: as launched_engine. role: first word of the YAML's `role`. world: processes. sizes: their arrangement.
-    cpu: whether to compute there. precision: "bf16", "fp16", "fp8" or "no".
+    engine: as launched_engine. role: first word of the YAML's `role`. options: its others, as parse_role. world:
+    processes. sizes: their arrangement. cpu: whether to compute there. precision: "bf16", "fp16", "fp8" or "no".
     """
 
     engine: str
     role: str
+    options: dict
     world: int
     sizes: Sizes
     cpu: bool
@@ -62,25 +64,26 @@ def check_launch(precision, tracker, compiled=False):
     """
     if tracker != "none" and not importlib.util.find_spec(tracker):
         raise UserError(f"--report_to {tracker}: its package is missing; pip install {tracker}, or drop the flag")
-    role, _ = _role()
+    role, options = launched_role()
+    if role == "colossalai":
+        check_installed()
     cpu = role == "cpu" or _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if compiled and cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("--torch_compile needs a C++ compiler on a CPU: install g++, or drop the flag")
     precision = _resolve_precision(precision, cpu)
-    return Launch(launched_engine(), role, launched_processes(), launched_sizes(), cpu, precision)
+    return Launch(launched_engine(), role, options, launched_processes(), launched_sizes(), cpu, precision)
 
 
 def launched_engine():
-    """What the launcher asks to cut the model's tensors: "deepspeed", "fsdp", "tensor_parallel"; "plain": nothing."""
-    engine = next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain")
-    if _role()[0] != "tensor_parallel":
+    """Who is to cut the model's tensors: "deepspeed", "fsdp", "tensor_parallel", "colossalai"; "plain": nobody."""
+    engine, (role, options) = next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain"), launched_role()
+    if role not in ("tensor_parallel", "colossalai"):
         return engine
     if engine != "plain":
-        raise UserError(
-            "the YAML's role tensor_parallel is for distributed_type: MULTI_GPU; together with FSDP it is "
-            "parallelism_config_tp_size, see accelerate_configs/tensor_parallel_fsdp.yaml"
-        )
-    return "tensor_parallel"
+        together = "; together with FSDP it is parallelism_config_tp_size, see accelerate_configs/"
+        together = f"{together}tensor_parallel_fsdp.yaml" if role == "tensor_parallel" else ""
+        raise UserError(f"the YAML's role {role} is for distributed_type: MULTI_GPU{together}")
+    return "plain" if options.get("plugin") == "ddp" else role
 
 
 def launched_sizes():
@@ -91,7 +94,7 @@ def launched_sizes():
     """
     world, engine = launched_processes(), launched_engine()
     if engine == "tensor_parallel":
-        slices = _role()[1]["size"]
+        slices = launched_role()[1]["size"]
         sizes = Sizes(world // slices, 1, slices)
     elif engine == "fsdp":
         given = _parallelism()
@@ -154,13 +157,15 @@ def parse_role(text):
     """What a YAML's role says: (its first word, dict of its options).
 
     Args:
-        text: "name option=number ...", with a name and options of ROLES.
+        text: "name option=value ...", with a name and options of ROLES.
     Raises:
         UserError: it is none of them.
     """
     name, *options = text.split()
     if name not in ROLES:
         raise UserError(f"the YAML's role '{text}' is unknown: known roles are {', '.join(ROLES)}")
+    if name == "colossalai":
+        return name, parse_options(options)
     pairs = [option.partition("=")[::2] for option in options]
     if tuple(key for key, _ in pairs) != ROLES[name] or not all(value.isdigit() and int(value) for _, value in pairs):
         wanted = " ".join([name, *(f"{option}=N" for option in ROLES[name])])
@@ -168,7 +173,8 @@ def parse_role(text):
     return name, {key: int(value) for key, value in pairs}
 
 
-def _role():
+def launched_role():
+    """(first word of the YAML's role, dict of its options), as parse_role."""
     return parse_role(os.environ.get("ROLE_NAME") or "default")
 
 

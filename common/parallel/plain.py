@@ -15,10 +15,11 @@ class PlainAccelerator(Accelerator):
         states: the module that turns what this strategy holds into whole tensors and back; see common.parallel.state.
         compiles: whether the model may be compiled as a whole before prepare().
         averages: whether the weights that a process holds may be exchanged for others between two steps.
+        tries_batches: whether a backward pass may be tried and forgotten.
     """
 
     states = tensors
-    compiles = averages = True
+    compiles = averages = tries_batches = True
 
     def __init__(self, launch, **settings):
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
@@ -65,6 +66,9 @@ class PlainAccelerator(Accelerator):
     def set_loss_scale_state(self, optimizer, saved):
         """Take over what loss_scale_state returned, under this strategy or another, which leaves its `scale` alone."""
         self.scaler.load_state_dict({key: saved.get(key, value) for key, value in self.scaler.state_dict().items()})
+
+    def limit_memory(self, cap_gb):
+        """As common.parallel.limit_memory: no part of this strategy asks how much memory there is."""
 
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
         """As common.parallel.set_batch."""

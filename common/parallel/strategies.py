@@ -46,7 +46,7 @@ def make_accelerator(precision=None, tracker="none"):
     if launch.world > 1 and restarts()[0]:
         meet_again("gloo" if launch.cpu else "nccl")
     try:
-        accelerator = _accelerator_class(launch.engine)(launch, **settings)
+        accelerator = _accelerator_class(launch)(launch, **settings)
     except ValueError as error:
         raise UserError(
             f"accelerate cannot start {launch.world} process(es): {error}; launch with accelerate launch"
@@ -66,12 +66,16 @@ def make_accelerator(precision=None, tracker="none"):
     return accelerator
 
 
-def _accelerator_class(engine):
-    if engine == "deepspeed":
+def _accelerator_class(launch):
+    if launch.role == "colossalai":
+        from common.parallel.colossalai import ColossalAccelerator  # imports Colossal-AI, which takes seconds
+
+        return ColossalAccelerator
+    if launch.engine == "deepspeed":
         from common.parallel.zero import ZeroAccelerator  # imports DeepSpeed, which takes seconds
 
         return ZeroAccelerator
-    if engine in ("fsdp", "tensor_parallel"):
+    if launch.engine in ("fsdp", "tensor_parallel"):
         from common.parallel.sharded import ShardedAccelerator
 
         return ShardedAccelerator
@@ -93,6 +97,15 @@ def set_batch(accelerator, per_device, accumulation, max_grad_norm):
         UserError: the YAML says something else.
     """
     accelerator.follow_command_line(per_device, accumulation, max_grad_norm)
+
+
+def limit_memory(accelerator, cap_gb):
+    """Tell a strategy that places tensors by itself how much memory a process may use. Before prepare().
+
+    Args:
+        cap_gb: GB of 1e9 bytes.
+    """
+    accelerator.limit_memory(cap_gb)
 
 
 def set_accumulation(accelerator, accumulation):

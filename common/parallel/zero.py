@@ -47,7 +47,7 @@ class ZeroAccelerator(PlainAccelerator):
         UserError: an extension that cannot be built.
     """
 
-    compiles = False
+    compiles = tries_batches = False  # its backward pass makes the update, too
 
     def __init__(self, launch, **settings):
         self.states = sys.modules[__name__]

@@ -234,7 +234,10 @@ class _Planner:
         return words
 
     def _parse_pretraining(self, words):
-        return self._checked("PRETRAIN", parse_pretraining_arguments, words)
+        text = (
+            [] if self.pipeline.embedded else ["--dataset_path", self.prepared]
+        )  # which is an argument of the script
+        return self._checked("PRETRAIN", parse_pretraining_arguments, [*words, *text])
 
     def _pretrain(self):
         words = self._pretrain_words()

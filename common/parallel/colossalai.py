@@ -1,0 +1,471 @@
+"""Colossal-AI: low-level ZeRO, whose optimizer is cut, and Gemini, whose chunks of parameters move between processes.
+
+Its Booster does the work; here it follows the loop of every other strategy, and states go to whole tensors and back.
+Parameters and gradients are in bf16 where that is asked for, and the optimizer's fp32 copies, its masters, are cut.
+What is mended of Colossal-AI 0.5.0: see docs/upstream_issues.md.
+Sources: Rajbhandari et al. 2020 (arXiv:1910.02054); Fang et al. 2021 (arXiv:2108.05818, chunks).
+"""
+
+import contextlib
+import io
+import sys
+import types
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.parallel.launch import check_optimizer
+from common.parallel.plain import PlainAccelerator
+from common.parallel.tensors import saved_settings
+
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
+# Imported by Colossal-AI, and called only by optimizers that are not used here: bitsandbytes is 125 MB.
+STAND_INS = {
+    "galore_torch": ("GaLoreAdafactor", "GaLoreAdamW"),
+    "bitsandbytes": (),
+    "bitsandbytes.optim": (),
+    "bitsandbytes.optim.optimizer": ("Optimizer2State",),
+}
+
+
+@contextlib.contextmanager
+def stand_ins():
+    """Context in which empty packages stand for those that Colossal-AI imports in vain."""
+    import peft  # noqa: F401, looks for bitsandbytes and is to find what is really there
+
+    missing = {name: names for name, names in STAND_INS.items() if name not in sys.modules}
+    for name, names in missing.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(dict.fromkeys(names, object))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of packages for speed that it looks for
+            yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+with stand_ins():
+    from colossalai.accelerator import get_accelerator
+    from colossalai.booster import Booster
+    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+    from colossalai.legacy.utils import memory
+    from colossalai.logging import disable_existing_loggers
+    from colossalai.nn.optimizer import HybridAdam
+    from colossalai.zero.gemini import gemini_ddp, gemini_optimizer
+
+# A batch's only fractions are the weights of its losses, which stay in fp32.
+gemini_ddp._cast_float = lambda value, dtype: value
+
+
+class Adam(HybridAdam):
+    """Colossal-AI's, which forgets to clip gradients in bf16 that it updates in the host's memory."""
+
+    def step(self, closure=None, div_scale=-1):
+        """As HybridAdam's. Args: div_scale: what the gradients are to be divided by, -1 for nothing."""
+        self._div_scale = div_scale
+        return super().step(closure, div_scale)
+
+    def torch_adam_update(self, data, grad, *rest):
+        """As CPUAdam's, of gradients in bf16 alone."""
+        grad = grad.to(data.dtype)
+        super().torch_adam_update(data, grad if self._div_scale == -1 else grad / self._div_scale, *rest)
+
+
+gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)
+
+
+class ColossalAccelerator(PlainAccelerator):
+    """Colossal-AI's plugins with the command line's batch, accumulation, clipping and precision.
+
+    Args:
+        launch: common.parallel.launch.Launch; settings: of accelerate.Accelerator.
+    Raises:
+        UserError: what the plugin cannot do.
+    """
+
+    compiles = tries_batches = False
+
+    def __init__(self, launch, **settings):
+        self._engine, self._options, self._on_cpu = launch.engine, launch.options, launch.cpu
+        self._plugin, self._capacity, self._norm = launch.options["plugin"], None, None
+        self.averages = self._plugin == "ddp"
+        if launch.precision == "fp16":
+            raise UserError("fp16 is not supported under Colossal-AI: take bf16, or accelerate_configs/zero2.yaml")
+        if launch.precision == "no" and self._plugin == "gemini":
+            raise UserError(
+                "Gemini trains in bf16 alone: give --bf16 (accelerate launch --mixed_precision bf16), or take "
+                "accelerate_configs/colossalai_zero2.yaml"
+            )
+        super().__init__(launch, **settings)
+        if not dist.is_initialized():  # a process alone
+            dist.init_process_group("gloo" if launch.cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        disable_existing_loggers()
+        if launch.cpu:
+            from common.parallel.colossalai_cpu import substitute
+
+            substitute()
+            self.print(
+                "Colossal-AI: no CUDA, so the processor stands for the device (common/parallel/colossalai_cpu.py)"
+            )
+
+    def describe_strategy(self):
+        """Plugin, placement and what is offloaded, for people."""
+        options, of = self._options, "Colossal-AI"
+        if self._plugin == "ddp":
+            return f"{of} data parallel (DDP)"
+        if self._plugin != "gemini":
+            on_host = " (optimizer on cpu)" if options["cpu_offload"] == "yes" else ""
+            return f"{of} ZeRO-{self._plugin[-1]}{on_host}"
+        parts = {"optimizer": options.get("offload_optim_frac"), "parameters": options.get("offload_param_frac")}
+        offloaded = ", ".join(f"{share:.0%} of {what} on cpu" for what, share in parts.items() if share)
+        return f"{of} Gemini, {options['placement_policy']} placement" + (f" ({offloaded})" if offloaded else "")
+
+    def follow_command_line(self, per_device, accumulation, max_grad_norm):
+        """As PlainAccelerator's. Before prepare(): the plugins are told the largest norm when they are made."""
+        super().follow_command_line(per_device, accumulation, max_grad_norm)
+        self._most, self._max_norm = accumulation, max_grad_norm
+
+    def limit_memory(self, cap_gb):
+        """As PlainAccelerator's: what automatic placement takes for the device's memory."""
+        self._capacity = cap_gb * 1e9
+
+    def prepare(self, *objects, **options):
+        """As accelerate's; a model without an optimizer is only to be judged, and stays whole."""
+        optimizers = [thing for thing in objects if isinstance(thing, torch.optim.Optimizer)]
+        if not optimizers:
+            return super().prepare(*objects, **options)
+        (model,), (optimizer,) = (thing for thing in objects if thing not in optimizers), optimizers
+        if self._plugin == "gemini":
+            optimizer = _gemini_adam(optimizer)
+        else:
+            check_optimizer(self._engine, optimizer)
+        wrapped = self._boost(model, optimizer)
+        if self._plugin == "gemini":
+            wrapped.train = model.train  # its own passes over the model itself, and eval() with it
+        if self._options.get("placement_policy") == "auto":
+            self._watch(wrapped)
+        prepared = self.prepare_optimizer(self._optimizer, device_placement=False)
+        return tuple(prepared if isinstance(thing, torch.optim.Optimizer) else wrapped for thing in objects)
+
+    def _boost(self, model, optimizer):
+        weights = {name: parameter.data for name, parameter in model.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if self._plugin == "ddp" and self.mixed_precision == "bf16":  # Booster's own cannot be made
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+        wrapped, self._optimizer, *_ = Booster(plugin=self._make_plugin()).boost(model, optimizer)
+        if self._plugin == "ddp":
+            return wrapped.module  # torch's
+        for name, buffer in model.named_buffers():  # rotary frequencies among them
+            buffer.data = buffers[name].to(buffer.device)
+        self.states = (GeminiParts if self._plugin == "gemini" else ZeroParts)(self._optimizer)
+        self.states.set_whole_weights(model, weights.__getitem__)  # which Booster has rounded for the masters, too
+        return wrapped
+
+    def _make_plugin(self):
+        named = {name: value for name, value in self._options.items() if name not in ("plugin", "cpu_offload")}
+        beside = not self._on_cpu  # communication beside computation, which takes CUDA's streams
+        if self._plugin == "ddp":
+            return TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+        common = {"precision": "bf16" if self.mixed_precision == "bf16" else "fp32", "max_norm": self._max_norm}
+        if self._plugin == "gemini":
+            accumulates = {"enable_gradient_accumulation": self._most > 1}
+            return GeminiPlugin(**named, **common, **accumulates, enable_async_reduce=beside, pin_memory=beside)
+        on_host = self._options["cpu_offload"] == "yes"
+        stage = {"stage": int(self._plugin[-1]), "cpu_offload": on_host, "overlap_communication": beside}
+        return LowLevelZeroPlugin(**named, **common, **stage, cast_inputs=False)
+
+    def _watch(self, model):
+        """Let automatic placement know the memory that there is, and on a CPU what of it is used."""
+        policy, collector = model.gemini_manager._placement_policy, model.gemini_manager._mem_stats_collector
+        if self._on_cpu:
+            from common.parallel.colossalai_cpu import HostMonitor, host_share
+
+            collector._mem_monitor = HostMonitor(model.chunk_manager)
+            self._capacity = self._capacity or host_share()
+        if self._capacity:
+            memory.colo_device_memory_capacity = lambda device: self._capacity
+        collector.finish_collection = _quietly(collector.finish_collection)
+        policy.evict_tensors = self._or_refuse(policy.evict_tensors)
+        model.forward = _judges_before_it_trains(model, model.forward)
+        largest = max(model.chunk_manager.get_chunk(p).chunk_mem for p in model.parameters())
+        room = memory.colo_device_memory_capacity(get_accelerator().get_current_device())
+        if largest > room * (1 - self._options["warmup_non_model_data_ratio"]):
+            raise UserError(self._too_small())
+
+    def _or_refuse(self, evict):
+        def call(**options):
+            try:
+                return evict(**options)
+            except RuntimeError as error:
+                raise UserError(self._too_small()) from error
+
+        return call
+
+    def _too_small(self):
+        capacity = memory.colo_device_memory_capacity(get_accelerator().get_current_device()) / 1e9
+        return (
+            f"Gemini's chunks do not fit the {capacity:.3g} GB that it may use: raise --mem_cap, lower the YAML's "
+            "min_chunk_size_m or warmup_non_model_data_ratio, or take "
+            "accelerate_configs/colossalai_gemini_offload.yaml"
+        )
+
+    def backward(self, loss, **options):
+        """As accelerate's."""
+        self._optimizer.backward(loss / self.gradient_accumulation_steps)
+
+    @contextlib.contextmanager
+    def no_sync(self, model):
+        """Gradients stay where they are until the last micro-batch of a step, where the plugin can wait."""
+        kept = {"ddp": lambda: model.no_sync(), "zero1": lambda: self._optimizer.no_sync()}
+        with kept.get(self._plugin, contextlib.nullcontext)():
+            yield
+
+    def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
+        """As accelerate's; the plugins clip in the step, which is when the norm is known.
+
+        Returns:
+            scalar tensor, which the step fills in.
+        """
+        if self._plugin == "ddp":
+            return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        self._norm = torch.zeros((), device=self.device)
+        return self._norm
+
+    def prepare_optimizer(self, optimizer, device_placement=None):
+        """As PlainAccelerator's; a step says its norm."""
+        prepared = super().prepare_optimizer(optimizer, device_placement)
+        step = prepared.step
+
+        def step_and_say(closure=None):
+            step(closure)
+            if self.sync_gradients and self._norm is not None:
+                self._norm.fill_(optimizer._current_grad_norm)
+                self._norm = None
+
+        prepared.step = step_and_say
+        return prepared
+
+
+def _gemini_adam(optimizer):
+    """Gemini's Adam in the place of torch's, with its groups and settings."""
+    if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam) or optimizer.defaults["amsgrad"]:
+        raise UserError(
+            f"Gemini has its own Adam, and {type(optimizer).__name__} is another optimizer: give --optimizer_type "
+            "adamw, or take accelerate_configs/colossalai_zero2.yaml"
+        )
+    settings = ("params", "lr", "betas", "eps", "weight_decay")
+    groups = [{name: group[name] for name in settings} for group in optimizer.param_groups]
+    return Adam(groups, adamw_mode=isinstance(optimizer, torch.optim.AdamW))
+
+
+def _judges_before_it_trains(model, forward):
+    """Gemini's forward pass, which with automatic placement cannot judge before it has measured a step."""
+
+    def call(*args, **options):
+        if torch.is_grad_enabled() or not model.gemini_manager.is_warmup():
+            return forward(*args, **options)
+        for chunk in model.chunk_manager.get_chunks(model.fp16_params):
+            model.chunk_manager.access_chunk(chunk)
+        output = model.module(*args, **options)
+        model._post_forward()
+        return output
+
+    return call
+
+
+def _quietly(function):
+    def call():
+        with contextlib.redirect_stdout(io.StringIO()):
+            return function()
+
+    return call
+
+
+class Part(NamedTuple):
+    """What this process holds of a parameter's master.
+
+    numbers: fp32, in a row, perhaps none; begin: where they begin in the whole; key: by which the optimizer has their
+    state, None where there are none; whole: whether every process has all of them.
+    """
+
+    numbers: torch.Tensor
+    begin: int
+    key: torch.Tensor | None
+    whole: bool
+
+
+class Parts:
+    """States in parts that lie in a row, as common.parallel.state asks for them.
+
+    Args:
+        optimizer: as Booster returned it.
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def rest(self, model):
+        """Colossal-AI lets go of whole tensors by itself."""
+
+    def whole_weights(self, model):
+        """Yield (name, fp32 tensor on the CPU) of every parameter. Every process iterates."""
+        for name, parameter in model.named_parameters():
+            part = self.part(parameter)
+            yield name, self._assemble(part.numbers, part, parameter.shape)
+
+    @torch.no_grad()
+    def set_whole_weights(self, model, weights):
+        """Give a prepared model other weights. Args: weights: function of a name giving its whole tensor."""
+        for name, parameter in model.named_parameters():
+            whole, part = weights(name), self.part(parameter)
+            part.numbers.copy_(whole.flatten()[part.begin : part.begin + len(part.numbers)])
+            self.spread(parameter, whole)
+
+    def whole_optimizer_state(self, optimizer, names):
+        """The optimizer's state by name, with whole tensors. Every process calls it.
+
+        Args:
+            optimizer: Colossal-AI's; names: dict of parameters to names.
+        Returns:
+            dict: state (dict of names to dicts of tensors on the CPU and numbers), param_groups.
+        """
+        parts = {name: self.part(parameter) for parameter, name in names.items()}
+        held = {name: self._state(part) for name, part in parts.items()}
+        found = [None] * dist.get_world_size()
+        mine = {n: {k: None if v.ndim else v.cpu() for k, v in values.items()} for n, values in held.items() if values}
+        dist.all_gather_object(found, mine)
+        layout, state = {name: values for other in found for name, values in other.items()}, {}
+        for parameter, name in names.items():
+            if name in layout:
+                none = torch.empty(0, device=parts[name].numbers.device)
+                state[name] = {
+                    key: self._assemble(held[name].get(key, none), parts[name], parameter.shape)
+                    if number is None
+                    else number
+                    for key, number in layout[name].items()
+                }
+        groups = [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [names[p] for p in parameters],
+            }
+            for group, parameters in zip(self.optimizer.param_groups, self.grouped(), strict=True)
+        ]
+        return {"state": state, "param_groups": groups}
+
+    def set_whole_optimizer_state(self, optimizer, saved, names):
+        """Take over what whole_optimizer_state returned, or the like of another strategy."""
+        for parameter, name in names.items():
+            part, values = self.part(parameter), saved["state"].get(name)
+            if part.key is None or values is None:
+                continue
+            self.optimizer.optim.state[part.key] = {
+                key: self._cut(value, part) if value.shape == parameter.shape and key != "step" else self.number(value)
+                for key, value in ((key, torch.as_tensor(value)) for key, value in values.items())
+            }
+        for group, parameters in zip(self.optimizer.param_groups, self.grouped(), strict=True):
+            group.update(saved_settings(saved, names[parameters[0]]))
+
+    def held_state(self, optimizer):
+        """The tensors of the optimizer's state that this process holds."""
+        states = self.optimizer.optim.state.values()
+        return [value for state in states for value in state.values() if torch.is_tensor(value)]
+
+    def _state(self, part):
+        values = {} if part.key is None else self.optimizer.optim.state.get(part.key, {})
+        return {
+            key: torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float32)
+            for key, value in values.items()
+        }
+
+    def _cut(self, value, part):
+        cut = torch.zeros_like(self.like(part))
+        mine = value.flatten()[part.begin : part.begin + len(part.numbers)]
+        cut[: len(mine)] = mine
+        return cut
+
+    def _assemble(self, numbers, part, shape):
+        """A whole tensor out of what the processes hold of it, those of a state perhaps with a filled-up end."""
+        if part.whole:
+            return numbers.cpu().clone().view(shape)
+        whole = torch.zeros(shape.numel(), device=get_accelerator().get_current_device())
+        mine = numbers[: len(part.numbers)]
+        whole[part.begin : part.begin + len(mine)] = mine
+        dist.all_reduce(whole)  # of zeros, elsewhere
+        return whole.view(shape).cpu()
+
+
+class ZeroParts(Parts):
+    """Of low-level ZeRO: equal parts of every parameter."""
+
+    def part(self, parameter):
+        """The Part of a parameter."""
+        master = self.optimizer.working_to_master_param[id(parameter)]
+        begin = dist.get_rank() * len(master)
+        there = max(0, min(len(master), parameter.numel() - begin))
+        return Part(master[:there], begin, master, whole=False)
+
+    def like(self, part):
+        """A tensor with the length and device of a state."""
+        return part.key
+
+    def number(self, value):
+        """A number of a state, as the optimizer has it."""
+        return value.clone()
+
+    def spread(self, parameter, whole):
+        """Give the model what its master has been given."""
+        parameter.data.copy_(whole)
+
+    def grouped(self):
+        """The parameters of each group."""
+        return list(self.optimizer._working_param_groups.values())
+
+    def held_weights(self, model):
+        """The parts of the weights that this process holds."""
+        return [parameter.detach() for parameter in model.parameters()]
+
+
+class GeminiParts(Parts):
+    """Of Gemini: what of a parameter lies in this process's part of its chunk."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self._keys = {p: optimizer.id_to_fake_params.get(n) for n, p in optimizer.id_to_real_params.items()}
+
+    def part(self, parameter):
+        """As ZeroParts's."""
+        chunk = self.optimizer.chunk_manager.get_chunk(parameter)
+        place, payload = chunk.tensors_info[parameter], chunk.paired_chunk.payload
+        first = 0 if chunk.keep_gathered else chunk.shard_begin
+        begin, end = max(place.offset, first), min(place.end, first + len(payload))
+        numbers = payload[begin - first : max(begin, end) - first]
+        return Part(numbers, begin - place.offset, self._keys[parameter], chunk.keep_gathered)
+
+    def like(self, part):
+        """As ZeroParts's."""
+        return part.numbers
+
+    def number(self, value):
+        """As ZeroParts's."""
+        return value.item()
+
+    def spread(self, parameter, whole):
+        """As ZeroParts's."""
+        chunk = self.optimizer.chunk_manager.get_chunk(parameter)
+        chunk.payload.copy_(chunk.paired_chunk.payload)
+        chunk.cpu_vis_flag = False  # what is pinned in the host's memory is old
+
+    def grouped(self):
+        """As ZeroParts's."""
+        by_number = self.optimizer.id_to_real_params
+        return [[by_number[number] for number in group["params"]] for group in self.optimizer.param_groups_backup]
+
+    def held_weights(self, model):
+        """As ZeroParts's: the masters, as what is in bf16 comes and goes."""
+        return [self.part(parameter).numbers for parameter in model.parameters()]

@@ -109,8 +109,12 @@ def test_a_configuration_is_a_shape_over_which_flags_win(bert_config, tmp_path):
 def test_a_configuration_that_cannot_be_trained(bert_config, changes, words, expected):
     with pytest.raises(UserError, match=expected):
         parse(f"--config_name {bert_config(**changes)} {words}")
-    with pytest.raises(UserError, match="--config_name no/such.json cannot be read"):
-        parse("--config_name no/such.json")
+
+
+def test_a_configuration_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"--config_name {tmp_path}/no.json cannot be read"):
+        parse(f"--config_name {tmp_path}/no.json")
 
 
 def test_parity_restores_the_examples_defaults_and_explicit_flags_win():

@@ -198,7 +198,10 @@ def test_a_time_budget_switches_when_its_share_is_over(harness, tiny_corpus, cac
         assert_continues(harness, words_for, tmp_path / "one", tmp_path / f"continued-{step}", step)
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "fsdp", "tensor_parallel"])
+@pytest.mark.parametrize(
+    "config",
+    ["ddp", "zero2", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("fsdp", "tensor_parallel"))],
+)
 def test_two_processes_equal_one(harness, whole, tiny_corpus, cache, tmp_path, config):
     yaml = fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
     words = command(tiny_corpus, cache, tmp_path / "two", *STAGES, "--hidden_dropout_prob", 0)

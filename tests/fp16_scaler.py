@@ -29,8 +29,8 @@ class Scaler(torch.amp.GradScaler):
 def with_scaler(make_accelerator, first, largest):
     """make_accelerator, whose accelerator scales the loss in fp32 as it would in fp16."""
 
-    def make(*args):
-        accelerator = make_accelerator(*args)
+    def make(*args, **options):
+        accelerator = make_accelerator(*args, **options)
         accelerator.scaler = Scaler(first, largest)
         # accelerate's own does the same, in fp16 alone
         accelerator.unscale_gradients = lambda: [

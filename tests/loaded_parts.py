@@ -1,9 +1,13 @@
-"""What a rank holds of a model in a folder, and what it took to load it, as one line of JSON; see test_parts.py.
+"""What a rank holds of a model, and what it took to have it there, as one line of JSON; see test_parts.py.
 
+    python tests/loaded_parts.py folder [precision [random]]
+
+The model is the folder's, or, with `random`, one of its shape with random weights.
 private: most bytes of private memory while the model was loaded, above what there was before; pages of mapped files,
 which processes share, are not private, and what DeepSpeed's engine makes for itself afterwards does not count
 held: bytes of the weights on this rank; whole: of all of them
-equal: on the main process, whether the weights of all ranks together are what stock transformers loads
+equal: on the main process, whether the weights of all ranks together are what stock transformers loads, or draws from
+the same random numbers, of which it leaves the next ones
 """
 
 import json
@@ -12,7 +16,8 @@ import threading
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, OPTForCausalLM
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, OPTForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import parallel
@@ -50,21 +55,33 @@ class Watch(threading.Thread):
         return end_and_call
 
 
-folder, _ = sys.argv[1], OPTForCausalLM  # imported now: modules are private memory, too
-accelerator = parallel.make_accelerator("no")
+folder, precision, source = (*sys.argv[1:], *("no", "folder")[len(sys.argv) - 2 :])
+config = AutoConfig.from_pretrained(folder)
+_ = OPTForCausalLM  # imported now: modules are private memory, too
+accelerator = parallel.make_accelerator(precision)
 watch = Watch()
 if deepspeed := sys.modules.get("deepspeed"):
     deepspeed.initialize = watch.ending(deepspeed.initialize)
-model, _ = parallel.loader(accelerator)(AutoModelForCausalLM, folder, dtype=torch.float32)
+set_seed(0)
+if source == "random":
+    model = parallel.builder(accelerator)(AutoModelForCausalLM, config, dtype=torch.float32)
+else:
+    model, _ = parallel.loader(accelerator)(AutoModelForCausalLM, folder, dtype=torch.float32)
 parallel.set_batch(accelerator, 1, 1, 1.0)
 model, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(model.parameters()))
 watch.end()
 found = consolidated_weights(accelerator, model)
 held, _ = bytes_per_rank(accelerator, model, optimizer)
-expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+drawn = torch.get_rng_state()
+set_seed(0)
+if source == "random":
+    expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+else:
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 whole, said = 4 * expected.num_parameters(), {}
 if accelerator.is_main_process:
     expected = expected.state_dict()
-    said = {"equal": found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)}
+    equal = found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
+    said = {"equal": equal and (source == "folder" or drawn.equal(torch.get_rng_state()))}
 print(json.dumps({"private": watch.most, "held": held, "whole": whole, **said}))
 parallel.shut_down(accelerator)

@@ -1,6 +1,6 @@
 """What the tests of strategies share: what every YAML must say and hold, and a small run under it.
 
-20 steps of 16 rows, cut so that every row accumulates 2 micro-batches, with clipping active and dropout 0.
+Steps of 16 rows, cut so that every row accumulates 2 micro-batches, with clipping active and dropout 0.
 """
 
 from typing import NamedTuple
@@ -59,19 +59,19 @@ LLAMA = (
 )
 
 
-def command(model, corpus, cache, out, readers, *flags, dropout=0.0):
-    """20 steps of 16 rows in 2 micro-batches on each of `readers` processes, or of the slices of one."""
+def command(model, corpus, cache, out, readers, *flags, dropout=0.0, steps=20):
+    """Steps of 16 rows in 2 micro-batches on each of `readers` processes, or of the slices of one."""
     flags = ["--per_device_train_batch_size", 8 // readers, "--learning_rate", 3e-3, *flags]
     flags = ["--optimizer_type", "adamw", "--max_grad_norm", 0.2, *flags]
     if model in ("bert", "pre-norm"):
         flags += ["--hidden_dropout_prob", dropout, "--attention_probs_dropout_prob", dropout]
         flags += ["--encoder_ln_mode", "pre-ln"] if model == "pre-norm" else []
-        return small_run(corpus, cache, out, *flags, steps=20, batch=16)
+        return small_run(corpus, cache, out, *flags, steps=steps, batch=16)
     overrides = f"{OVERRIDES},dropout={dropout},attention_dropout={dropout}"
     if model == "llama":
         flags += ["--model_type", "llama"]
         overrides = f"{LLAMA},max_position_embeddings=128,attention_dropout={dropout}"
-    return causal_run(corpus, cache, out, *flags, steps=20, batch=16, overrides=overrides)
+    return causal_run(corpus, cache, out, *flags, steps=steps, batch=16, overrides=overrides)
 
 
 def launch(harness, name, tmp_path, words):

@@ -9,42 +9,57 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from causal import plain_perplexity
+from common.checkpoint import read_state
 from common.errors import UserError
 from common.parallel import colossalai_options
 from common.parallel.launch import parse_role
-from harness import TESTS
+from harness import TESTS, Harness
 from pretraining import losses, results, training_rows, weights
 from strategies import SCRIPTS, command, small_chunks
 
 GEMINI = ["colossalai_gemini", "colossalai_gemini_auto", "colossalai_gemini_offload"]
+ALL = ["colossalai_ddp", "colossalai_zero1", "colossalai_zero2", *GEMINI]
 BOUND = 1e-3  # of a loss near 6: gradients are added up in bf16, in another order
 ROUNDING = 5e-3  # of a loss near 6: weights in bf16 against the fp32 copies
-EIGHT = ["--max_train_steps", 8, "--checkpointing_steps", 1, "--save_total_limit", 8]
+STEPS = 6
+SOME = ["--max_train_steps", STEPS, "--checkpointing_steps", 1, "--save_total_limit", STEPS]
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """As conftest.py's, with Colossal-AI imported, too: that takes longer than the runs."""
+    harness = Harness("common.parallel.colossalai", "common.parallel.colossalai_cpu")
+    yield harness
+    harness.close()
 
 
 @pytest.fixture(scope="module")
 def ran(harness, tiny_corpus, cache, tmp_path_factory):
-    """A function of a YAML's name, a model and flags giving the folder of a run in bf16 on two processes."""
+    """A function of a YAML's name, flags and a model giving the folder of a run on two processes: in bf16, or in fp16
+    with the scale that the loss has at first."""
     done, judged_on = {}, tmp_path_factory.mktemp("held_out") / "held_out.txt"
     judged_on.write_text("\n\n".join(held_out(tiny_corpus)) + "\n")
 
-    def run(name, *flags, model="opt"):
-        if (name, model, flags) not in done:
+    def run(name, *flags, model="opt", scale=None):
+        case = name, model, scale, flags
+        if case not in done:
             folder = tmp_path_factory.mktemp(name)
             words = command(
-                model, tiny_corpus, cache, folder / "run", 2, "--validation_file", judged_on, *EIGHT, *flags
+                model, tiny_corpus, cache, folder / "run", 2, "--validation_file", judged_on, *SOME, *flags
             )
-            ranks = harness.launch(
-                *(word for word in words if word != "--fp32"), config=small_chunks(name, folder), num_processes=None
-            )
+            config = small_chunks(name, folder)
+            if scale:
+                text = config.read_text().replace("mixed_precision: bf16", "mixed_precision: fp16")
+                config.write_text(text.replace("initial_scale=65536", f"initial_scale={scale}"))
+            ranks = harness.launch(*(word for word in words if word != "--fp32"), config=config, num_processes=None)
             for rank in ranks:
                 rank.check()
             assert not any(rank.stdout for rank in ranks[1:])
-            done[name, model, flags] = folder / "run"
-        return done[name, model, flags]
+            done[case] = folder / "run"
+        return done[case]
 
     return run
 
@@ -79,7 +94,7 @@ def test_gemini_equals_low_level_zero(ran, shows, name, model):
     assert "Gemini" in results(mine)["strategy"] and results(mine)["precision"] == "bf16"
 
 
-@pytest.mark.parametrize("name", ["colossalai_zero2", "colossalai_gemini_offload"])
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_saved_are_the_masters(ran, tiny_corpus, name):
     """In fp32, with their tied weights, for stock transformers; the same model but for bf16's rounding."""
     out = ran(name)
@@ -93,15 +108,16 @@ def test_what_is_saved_are_the_masters(ran, tiny_corpus, name):
     )
 
 
-def test_accumulation_equals_the_large_batch(ran):
+@pytest.mark.parametrize("name", ALL)
+def test_accumulation_equals_the_large_batch(ran, name):
     """Under Gemini without accumulation a chunk's gradients take the place of its parameters."""
-    mine, theirs = ran("colossalai_gemini", "--per_device_train_batch_size", 8), ran("colossalai_gemini")
+    mine, theirs = ran(name, "--per_device_train_batch_size", 8), ran(name)
     assert losses(mine) == pytest.approx(losses(theirs), abs=BOUND)
     norms = [[row["grad_norm"] for row in training_rows(folder)] for folder in (mine, theirs)]
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["colossalai_zero2", *GEMINI])
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_are_clipped(ran, name):
     """Adam's first moment after one step is (1 - beta1) times the clipped gradient; Gemini's on the host forgot to."""
     out = ran(name)
@@ -111,12 +127,12 @@ def test_gradients_are_clipped(ran, name):
     assert moment == pytest.approx((1 - 0.9) * 0.2, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["colossalai_gemini_offload", *map(exhaustive, ("colossalai_zero2", *GEMINI[:2]))])
+@pytest.mark.parametrize("name", ALL)
 def test_a_run_continues_bit_for_bit(ran, shows, name):
     shows(name, "run_clm.py", 2)
     whole = ran(name)
-    rest = ran(name, "--resume_from_checkpoint", str(whole / "step_5"))
-    assert training_rows(rest) == training_rows(whole)[5:]
+    rest = ran(name, "--resume_from_checkpoint", str(whole / "step_4"))
+    assert training_rows(rest) == training_rows(whole)[4:]
     assert all(tensor.equal(weights(whole)[key]) for key, tensor in weights(rest).items())
     assert results(rest)["eval_loss"] == results(whole)["eval_loss"]
 
@@ -124,9 +140,86 @@ def test_a_run_continues_bit_for_bit(ran, shows, name):
 @pytest.mark.exhaustive
 def test_a_run_continues_under_another_yaml(ran):
     whole = ran("colossalai_zero2")
-    rest = ran("colossalai_gemini", "--resume_from_checkpoint", str(whole / "step_5"))
-    expected = {step: loss for step, loss in losses(whole).items() if step > 5}
+    rest = ran("colossalai_gemini", "--resume_from_checkpoint", str(whole / "step_4"))
+    expected = {step: loss for step, loss in losses(whole).items() if step > 4}
     assert losses(rest) == pytest.approx(expected, abs=BOUND)
+
+
+# ---- fp16 ---------------------------------------------------------------------------------------------------
+
+
+FITS, OVERFLOWS = 2**10, 2**26
+
+
+def scale_of(checkpoint):
+    """What a checkpoint says of the loss scale."""
+    return torch.load(checkpoint / "optimizer.pt", weights_only=True)["scaler"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ALL[1:])
+def test_fp16_equals_bf16(ran, name):
+    mine, theirs = ran(name, scale=FITS), ran("colossalai_zero2")
+    assert results(mine)["precision"] == "fp16" and scale_of(mine / "step_1")["scale"] == FITS
+    apart = max(abs(losses(mine)[step] - losses(theirs)[step]) for step in losses(theirs))
+    print(f"{name} in fp16: losses differ by at most {apart:.1e}")
+    assert apart < ROUNDING
+    norms = [[row["grad_norm"] for row in training_rows(folder)] for folder in (mine, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    test_gradients_are_clipped(lambda _: mine, name)
+
+
+@pytest.mark.parametrize("name", ["colossalai_gemini", exhaustive("colossalai_zero2")])
+def test_an_overflow_is_no_step_and_the_scale_goes_on(ran, name):
+    """Gemini added the next gradients to those that had overflowed; Colossal-AI forgot how long ago that was."""
+    whole = ran(name, scale=OVERFLOWS)
+    assert list(losses(whole)) == list(range(1, STEPS + 1)) and all(map(math.isfinite, losses(whole).values()))
+    assert read_state(whole / f"step_{STEPS}")["train"]["consumed_rows"] > 16 * STEPS
+    state = scale_of(whole / "step_4")
+    assert state["scale"] < OVERFLOWS and 0 < state["_growth_step"] <= 4 and state["_hysteresis_step"] >= 2
+    rest = ran(name, "--resume_from_checkpoint", str(whole / "step_4"), scale=OVERFLOWS)
+    assert training_rows(rest) == training_rows(whole)[4:]
+    assert all(tensor.equal(weights(whole)[key]) for key, tensor in weights(rest).items())
+    assert scale_of(rest / f"step_{STEPS}") == scale_of(whole / f"step_{STEPS}")
+
+
+# ---- Lazy initialisation ------------------------------------------------------------------------------------
+
+LARGE = {"hidden_size": 512, "word_embed_proj_dim": 256, "ffn_dim": 2048, "num_hidden_layers": 6}  # OPT-350m's kind
+LARGE |= {"num_attention_heads": 8, "vocab_size": 8191, "max_position_embeddings": 126, "do_layer_norm_before": False}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder with a model of 85 MB in fp32, in several shards."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("large")
+    model = AutoModelForCausalLM.from_config(OPTConfig(**LARGE), dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="30MB")
+    return folder
+
+
+# Shares of the whole in fp32: what a process of four holds in bf16 and in fp32; and what it may take to come there,
+# with the largest tensor and its chunks in both, and what a process has of its own. A whole one takes more than 1.
+HELD = {"colossalai_gemini": (2 + 4) / 4 / 4, "colossalai_zero2": (2 + 4 / 4) / 4}
+HELD["colossalai_gemini_offload"] = HELD["colossalai_gemini"]
+MOST = {"colossalai_gemini": 0.85, "colossalai_gemini_offload": 0.85, "colossalai_zero2": 0.95}
+LAZY = [("colossalai_gemini", "random"), ("colossalai_zero2", "random")]
+LAZY += [exhaustive(name, "folder") for name in ("colossalai_gemini", "colossalai_zero2")]
+LAZY += [exhaustive("colossalai_gemini_offload", "random")]
+
+
+@pytest.mark.parametrize(("name", "source"), LAZY)
+def test_no_process_builds_the_whole(harness, large, tmp_path, name, source):
+    """The numbers are those of stock transformers, to the last bit."""
+    words = [TESTS / "loaded_parts.py", large, "bf16", source]
+    ranks = harness.launch(*words, config=small_chunks(name, tmp_path), num_processes=4)
+    ranks = [json.loads(rank.check().stdout.splitlines()[-1]) for rank in ranks]
+    assert ranks[0]["equal"]
+    for rank in ranks:
+        peak = rank["private"] / rank["whole"]
+        print(f"{name}, {source}: of {rank['whole'] / 1e6:.0f} MB, peak {peak:.2f}, for {HELD[name]:.2f}")
+        assert HELD[name] < peak < MOST[name]
 
 
 # ---- Automatic placement ----------------------------------------------------------------------------------
@@ -170,6 +263,11 @@ REFUSED = [
     ("colossalai plugin=gemini placement_policy=auto offload_optim_frac=1", "offload_optim_frac=1 is no option"),
     ("colossalai plugin=gemini placement_policy=static shard_param_frac=2", "give a number from 0 to 1"),
     ("colossalai plugin=gemini placement_policy=static min_chunk_size_m=x", "give a number from 0 to 4096"),
+    (
+        "colossalai plugin=zero2 initial_scale=0",
+        "initial_scale=0 is not understood: give a number from 1 to 4294967296",
+    ),
+    ("colossalai plugin=ddp initial_scale=2", "initial_scale=2 is no option of plugin=ddp"),
     ("colossalai plugin=gemini placement_policy=static offload_param_frac=1", "works where offload_optim_frac=1"),
 ]
 
@@ -189,6 +287,7 @@ def test_options_have_colossalais_defaults():
         "placement_policy": "static",
         "min_chunk_size_m": 32.0,
         "search_range_m": 32.0,
+        "initial_scale": 65536.0,
         "shard_param_frac": 1.0,
         "offload_optim_frac": 0.5,
         "offload_param_frac": 0.0,
@@ -207,7 +306,7 @@ def test_another_version_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--fp32"], "Gemini trains in bf16 alone"),
+        (["--fp32"], "Gemini trains in bf16 or fp16"),
         (["--optimizer_type", "lion"], "Gemini has its own Adam, and Lion is another optimizer"),
         (["--auto_find_batch_size"], "--auto_find_batch_size cannot try sizes under Colossal-AI Gemini"),
     ],

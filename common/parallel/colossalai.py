@@ -1,28 +1,37 @@
 """Colossal-AI: low-level ZeRO, whose optimizer is cut, and Gemini, whose chunks of parameters move between processes.
 
 Its Booster does the work; here it follows the loop of every other strategy, and states go to whole tensors and back.
-Parameters and gradients are in bf16 where that is asked for, and the optimizer's fp32 copies, its masters, are cut.
+Parameters and gradients are in bf16 or fp16 where that is asked for, and the optimizer's fp32 copies, its masters, are
+cut.
 What is mended of Colossal-AI 0.5.0: see docs/upstream_issues.md.
 Sources: Rajbhandari et al. 2020 (arXiv:1910.02054); Fang et al. 2021 (arXiv:2108.05818, chunks).
 """
 
 import contextlib
+import dataclasses
 import io
+import math
 import sys
 import types
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.memory_settings import giving_back_memory
+from common.parallel.draws import build_parts
 from common.parallel.launch import check_optimizer
+from common.parallel.parts import load_parts, replace, whole_numbers
 from common.parallel.plain import PlainAccelerator
-from common.parallel.tensors import saved_settings
+from common.parallel.tensors import first_names, follow, saved_settings
 
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_LOSS_SCALE = ("_growth_step", "_hysteresis_step")  # beside the scale
 # Imported by Colossal-AI, and called only by optimizers that are not used here: bitsandbytes is 125 MB.
 STAND_INS = {
     "galore_torch": ("GaLoreAdafactor", "GaLoreAdamW"),
@@ -52,7 +61,7 @@ def stand_ins():
 with stand_ins():
     from colossalai.accelerator import get_accelerator
     from colossalai.booster import Booster
-    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
+    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin, gemini_plugin
     from colossalai.legacy.utils import memory
     from colossalai.logging import disable_existing_loggers
     from colossalai.nn.optimizer import HybridAdam
@@ -79,6 +88,36 @@ class Adam(HybridAdam):
 gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)
 
 
+class Gemini(gemini_ddp.GeminiDDP):
+    """Colossal-AI's; where a parameter has no numbers yet, they come when it goes into a chunk.
+
+    Its masters are made of what is rounded to bf16; here they are what was there before.
+    """
+
+    def _preprocess_param(self, p):
+        if numbers := getattr(p, "numbers", None):
+            p.data = numbers()
+            del p.numbers
+        self._exact = p.data.float()
+        super()._preprocess_param(p)
+
+    def _init_chunks(self, *args, **options):
+        register = self.chunk_manager.register_tensor
+
+        def register_exactly(tensor, group_type, **rest):
+            if group_type == "fp32_param":
+                tensor.data = self._exact
+            register(tensor, group_type, **rest)
+
+        self.chunk_manager.register_tensor = register_exactly
+        super()._init_chunks(*args, **options)
+        del self.chunk_manager.register_tensor
+        self._exact = None
+
+
+gemini_plugin.GeminiDDP = Gemini
+
+
 class ColossalAccelerator(PlainAccelerator):
     """Colossal-AI's plugins with the command line's batch, accumulation, clipping and precision.
 
@@ -93,15 +132,17 @@ class ColossalAccelerator(PlainAccelerator):
     def __init__(self, launch, **settings):
         self._engine, self._options, self._on_cpu = launch.engine, launch.options, launch.cpu
         self._plugin, self._capacity, self._norm = launch.options["plugin"], None, None
+        self._precision, self._dtype = launch.precision, DTYPES.get(launch.precision, torch.float32)
         self.averages = self._plugin == "ddp"
-        if launch.precision == "fp16":
-            raise UserError("fp16 is not supported under Colossal-AI: take bf16, or accelerate_configs/zero2.yaml")
+        if launch.precision == "fp16" and self._plugin == "ddp":
+            raise UserError("the YAML's plugin=ddp has no fp16 here: take accelerate_configs/ddp.yaml, which does it")
         if launch.precision == "no" and self._plugin == "gemini":
             raise UserError(
-                "Gemini trains in bf16 alone: give --bf16 (accelerate launch --mixed_precision bf16), or take "
+                "Gemini trains in bf16 or fp16: give --bf16 (accelerate launch --mixed_precision bf16), or take "
                 "accelerate_configs/colossalai_zero2.yaml"
             )
-        super().__init__(launch, **settings)
+        # in fp16 accelerate would scale the losses, too
+        super().__init__(dataclasses.replace(launch, precision="no") if self._scales else launch, **settings)
         if not dist.is_initialized():  # a process alone
             dist.init_process_group("gloo" if launch.cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
         disable_existing_loggers()
@@ -112,6 +153,15 @@ class ColossalAccelerator(PlainAccelerator):
             self.print(
                 "Colossal-AI: no CUDA, so the processor stands for the device (common/parallel/colossalai_cpu.py)"
             )
+
+    @property
+    def mixed_precision(self):
+        """The precision of matrix products: "bf16", "fp16" or "no"."""
+        return self._precision
+
+    @property
+    def _scales(self):
+        return self._precision == "fp16"
 
     def describe_strategy(self):
         """Plugin, placement and what is offloaded, for people."""
@@ -152,26 +202,64 @@ class ColossalAccelerator(PlainAccelerator):
         prepared = self.prepare_optimizer(self._optimizer, device_placement=False)
         return tuple(prepared if isinstance(thing, torch.optim.Optimizer) else wrapped for thing in objects)
 
-    def _boost(self, model, optimizer):
-        weights = {name: parameter.data for name, parameter in model.named_parameters()}
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        if self._plugin == "ddp" and self.mixed_precision == "bf16":  # Booster's own cannot be made
-            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
-        wrapped, self._optimizer, *_ = Booster(plugin=self._make_plugin()).boost(model, optimizer)
+    def load_pretrained(self, auto_class, name, **options):
+        """As PlainAccelerator's; prepare() reads a tensor at a time, where the files let it."""
         if self._plugin == "ddp":
+            return super().load_pretrained(auto_class, name, **options)
+        return load_parts(self, auto_class, name, **options)
+
+    def build(self, auto_class, config, **options):
+        """As PlainAccelerator's; prepare() draws a tensor at a time."""
+        if self._plugin == "ddp":
+            return super().build(auto_class, config, **options)
+        return build_parts(self, partial(auto_class.from_config, config, **options))
+
+    def _boost(self, model, optimizer):
+        if self._plugin == "ddp":
+            if self.mixed_precision == "bf16":  # Booster's own cannot be made
+                model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
+            wrapped, self._optimizer, *_ = Booster(plugin=self._make_plugin()).boost(model, optimizer)
             return wrapped.module  # torch's
-        for name, buffer in model.named_buffers():  # rotary frequencies among them
-            buffer.data = buffers[name].to(buffer.device)
-        self.states = (GeminiParts if self._plugin == "gemini" else ZeroParts)(self._optimizer)
-        self.states.set_whole_weights(model, weights.__getitem__)  # which Booster has rounded for the masters, too
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with self._numbers(model, optimizer) as read:
+            wrapped, self._optimizer, *_ = Booster(plugin=self._make_plugin()).boost(model, optimizer)
+            for name, buffer in model.named_buffers():  # rotary frequencies among them
+                buffer.data = buffers[name].to(buffer.device)
+            self.states = (GeminiParts if self._plugin == "gemini" else ZeroParts)(self._optimizer)
+            if self._plugin != "gemini":
+                self.states.set_whole_weights(model, read)  # which Booster has rounded for the masters, too
         return wrapped
+
+    @contextlib.contextmanager
+    def _numbers(self, model, optimizer):
+        """A function of a parameter's name giving its whole tensor as it was at first, in fp32.
+
+        A model without numbers gets them, under ZeRO in the precision in which it computes, under Gemini when they go
+        into a chunk.
+        """
+        if not hasattr(model, "places"):
+            weights = {} if self._plugin == "gemini" else {n: p.data for n, p in model.named_parameters()}
+            yield weights.__getitem__
+            return
+        before = {parameter: name for name, parameter in model.named_parameters()}
+        with giving_back_memory(), whole_numbers(model) as read:
+            if self._plugin == "gemini":
+                after = {p: torch.nn.Parameter(torch.empty(1).expand(p.shape), p.requires_grad) for p in before}
+                for parameter, name in before.items():
+                    after[parameter].numbers = partial(read, name)
+            else:
+                how = {"device": self.device, "dtype": self._dtype, "copy": True}
+                after = {p: torch.nn.Parameter(read(name).to(**how), p.requires_grad) for p, name in before.items()}
+            replace(model, after)
+            follow(optimizer, before, model)
+            yield read
 
     def _make_plugin(self):
         named = {name: value for name, value in self._options.items() if name not in ("plugin", "cpu_offload")}
         beside = not self._on_cpu  # communication beside computation, which takes CUDA's streams
         if self._plugin == "ddp":
             return TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
-        common = {"precision": "bf16" if self.mixed_precision == "bf16" else "fp32", "max_norm": self._max_norm}
+        common = {"precision": {"no": "fp32"}.get(self._precision, self._precision), "max_norm": self._max_norm}
         if self._plugin == "gemini":
             accumulates = {"enable_gradient_accumulation": self._most > 1}
             return GeminiPlugin(**named, **common, **accumulates, enable_async_reduce=beside, pin_memory=beside)
@@ -237,18 +325,45 @@ class ColossalAccelerator(PlainAccelerator):
         return self._norm
 
     def prepare_optimizer(self, optimizer, device_placement=None):
-        """As PlainAccelerator's; a step says its norm."""
+        """As PlainAccelerator's; a step says its norm, and whether an overflow in fp16 has prevented it."""
         prepared = super().prepare_optimizer(optimizer, device_placement)
         step = prepared.step
 
         def step_and_say(closure=None):
+            scale = self._loss_scale.loss_scale if self._scales else 1.0  # of these gradients; the next may differ
             step(closure)
-            if self.sync_gradients and self._norm is not None:
-                self._norm.fill_(optimizer._current_grad_norm)
+            if not self.sync_gradients:
+                return
+            prepared._is_overflow = self._scales and self._loss_scale.found_overflow.item() > 0
+            if prepared._is_overflow and self._plugin == "gemini":  # or they would be added to
+                optimizer.chunk_manager.accumulating_grads = False
+            if self._norm is not None:
+                self._norm.fill_(math.nan if prepared._is_overflow else optimizer._current_grad_norm / scale)
                 self._norm = None
 
         prepared.step = step_and_say
         return prepared
+
+    @property
+    def _loss_scale(self):
+        """What Colossal-AI scales the losses with in fp16."""
+        return (
+            self._optimizer.mix_precision_mixin if self._plugin == "gemini" else self._optimizer.mixed_precision_mixin
+        )
+
+    def loss_scale_state(self, optimizer):
+        """As PlainAccelerator's, of Colossal-AI's own loss scale, which forgets how long ago it changed."""
+        if not self._scales:
+            return {}
+        scaler = self._loss_scale.grad_scaler
+        return {"scale": scaler.scale.item()} | {name: getattr(scaler, name) for name in OF_LOSS_SCALE}
+
+    def set_loss_scale_state(self, optimizer, saved):
+        """As PlainAccelerator's."""
+        scaler = self._loss_scale.grad_scaler
+        scaler._scale = torch.full_like(scaler.scale, saved["scale"])
+        for name in OF_LOSS_SCALE:
+            setattr(scaler, name, saved.get(name, getattr(scaler, name)))
 
 
 def _gemini_adam(optimizer):
@@ -305,6 +420,8 @@ class Parts:
     Args:
         optimizer: as Booster returned it.
     """
+
+    first_names = staticmethod(first_names)
 
     def __init__(self, optimizer):
         self.optimizer = optimizer

@@ -14,6 +14,7 @@ import torch
 from colossalai.accelerator import set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.kernel.kernel_loader import CPUAdamLoader
+from colossalai.nn.optimizer import CPUAdam
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk import manager as manager_module
 
@@ -23,7 +24,7 @@ DEVICE = torch.device("cpu", 0)
 def substitute():
     """Put the substitutes in place, in this process."""
     set_accelerator(HostAccelerator())
-    CPUAdamLoader.register_extension(NoKernel)
+    CPUAdamLoader.register_extension(HostKernel)
     chunk_module.Chunk = manager_module.Chunk = HostChunk
 
 
@@ -43,6 +44,10 @@ class HostAccelerator(CpuAccelerator):
         """What counts as the device's memory."""
         return DEVICE
 
+    def device_count(self):
+        """The processor."""
+        return 1
+
     def synchronize(self, device=None):
         """All is done already."""
 
@@ -59,10 +64,10 @@ class HostAccelerator(CpuAccelerator):
         return contextlib.nullcontext()
 
 
-class NoKernel:
-    """In the place of the compiled Adam, whose loader wants CUDA. Gradients in bf16 never reach it."""
+class HostKernel:
+    """In the place of the compiled Adam, whose loader wants CUDA."""
 
-    name, priority = "none", 0
+    name, priority = "host", 0
 
     def is_available(self):
         """Always."""
@@ -72,8 +77,23 @@ class NoKernel:
         """It is."""
 
     def load(self):
-        """A module whose optimizer takes its settings and cannot step."""
-        return types.SimpleNamespace(CPUAdamOptimizer=lambda *_: None)
+        """What has the compiled module's optimizer."""
+        return types.SimpleNamespace(CPUAdamOptimizer=HostAdam)
+
+
+class HostAdam:
+    """The compiled Adam's call, of gradients in fp16, for Colossal-AI's own update in torch."""
+
+    def __init__(self, *settings):
+        self.decoupled = settings[-1]
+
+    def step(self, step, rate, beta1, beta2, eps, decay, corrects, data, grad, first, second, div_scale):
+        """Update data and its two moments in place."""
+        grad = grad.to(data.dtype) / (1 if div_scale == -1 else div_scale)
+        corrections = 1 - beta1**step, 1 - beta2**step
+        CPUAdam.torch_adam_update(
+            self, data, grad, first, second, rate, beta1, beta2, eps, decay, *corrections, self.decoupled
+        )
 
 
 class HostChunk(chunk_module.Chunk):

@@ -7,12 +7,12 @@ from common.errors import UserError
 
 REQUIREMENTS = "requirements-colossalai.txt"
 VERSION = "0.5.0"  # whose inner parts are relied upon: another one is refused
-FRACTION, SIZE = "a number from 0 to 1", "a number from 0 to 4096"
-LARGEST = 4096  # millions of numbers in a chunk or a bucket
+FRACTION, SIZE, SCALE = "a number from 0 to 1", "a number from 0 to 4096", "a number from 1 to 4294967296"
+RANGES = {FRACTION: (0, 1), SIZE: (0, 4096), SCALE: (1, 2**32)}  # SIZE: millions of numbers in a chunk or a bucket
 
 
 class Option(NamedTuple):
-    """kind: FRACTION, SIZE, or words to choose from; default: None where it must be given."""
+    """kind: FRACTION, SIZE, SCALE, or words to choose from; default: None where it must be given."""
 
     kind: str | tuple
     default: float | str | None
@@ -31,11 +31,12 @@ PLACEMENTS = {
     },
 }
 ZERO = {"reduce_bucket_size_in_m": Option(SIZE, 12.0), "cpu_offload": Option(("no", "yes"), "no")}
+ZERO |= {"initial_scale": Option(SCALE, 2.0**32)}  # of the loss in fp16
 PLUGINS = {
     "ddp": {},
     "zero1": ZERO,
     "zero2": ZERO,
-    "gemini": {"placement_policy": Option(tuple(PLACEMENTS), None), **CHUNKS},
+    "gemini": {"placement_policy": Option(tuple(PLACEMENTS), None), **CHUNKS, "initial_scale": Option(SCALE, 2.0**16)},
 }
 # What Colossal-AI has beside these and cannot do on today's torch and transformers; see docs/upstream_issues.md.
 INSTEAD = {
@@ -124,6 +125,7 @@ def _value(name, option, text):
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= (1 if option.kind == FRACTION else LARGEST):
+    least, most = RANGES[option.kind]
+    if not least <= value <= most:
         raise UserError(f"the YAML's {name}={text} is not understood: give {option.kind}")
     return value

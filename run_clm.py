@@ -76,8 +76,8 @@ def main():
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
         return 0
     stop = StopSignals()
-    sharding = parallel.launched_sharding()
-    accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
+    sharding = parallel.launched_sharding(args.pipeline_config)
+    accelerator = parallel.make_accelerator(args.precision, args.report_to, args.pipeline_config)  # by the YAML
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     refuse_fused_loss(args.use_liger_kernel, accelerator.device.type)
     in_force = parallel.describe(accelerator)
@@ -105,7 +105,7 @@ def main():
     if args.mem_cap:
         parallel.limit_memory(accelerator, args.mem_cap)
     set_seed(args.seed)
-    model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator))
+    model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator), parallel.builder(accelerator))
     set_attention(model, workload.attention)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -228,10 +228,11 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
 
 def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
-    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile, args.pipeline_config)
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
-    parallel.check_slices(config, launch.sizes.slices)
+    parallel.check_cut(config, launch)
     workload = expected_workload(config, data_args, args)
+    parallel.check_micro_batches(launch.pipe, workload.rows, workload.accumulation)
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
@@ -252,11 +253,11 @@ def plan(config, model_args, data_args, args):
 
 def expected_workload(config, data_args, args):
     """As make_workload, before an accelerator says what is in force."""
-    ranks = parallel.launched_data_ranks()
+    ranks = parallel.launched_data_ranks(args.pipeline_config)
     per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sharding = parallel.launched_sharding()
+    sharding = parallel.launched_sharding(args.pipeline_config)
     return make_workload(config, data_args, args, per_device, accumulation, precision, ranks, device, sharding)
 
 

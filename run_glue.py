@@ -48,13 +48,14 @@ def main():
     model_args, data_args, args, notes = parse_glue_arguments()
     run_folder.follow_restart(args)
     run_folder.check_run_folder(args)
+    parallel.refuse_delay()
     if args.check_arguments:
         return check(model_args, data_args, args)
     if args.resume_from_checkpoint == "latest" and (Path(args.output_dir) / run_folder.RESULTS).exists():
         print(f"{args.output_dir} is finished: nothing to do")
         return 0
     stop = StopSignals()
-    accelerator = parallel.make_accelerator(args.precision)  # the strategy that the YAML names
+    accelerator = parallel.make_accelerator(args.precision, pipeline_config=args.pipeline_config)  # by the YAML
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     in_force = parallel.describe(accelerator)
     say(*notes, "strategy: {strategy}, {world_size} process(es), {precision}, {device}".format(**in_force), sep="\n")
@@ -235,13 +236,16 @@ def main():
 
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here."""
-    launch = parallel.check_launch(args.precision, "none")
+    launch = parallel.check_launch(args.precision, "none", pipeline_config=args.pipeline_config)
+    cut = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if args.train_batch_size:
-        cut_global_batch(args.train_batch_size, args.per_device_train_batch_size, parallel.launched_data_ranks())
+        ranks = parallel.launched_data_ranks(args.pipeline_config)
+        cut = cut_global_batch(args.train_batch_size, cut[0], ranks)
+    parallel.check_micro_batches(launch.pipe, *cut)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     _, _, model, _ = load(model_args, data_args, args)
-    parallel.check_slices(model.config, launch.sizes.slices)
+    parallel.check_cut(model.config, launch)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 

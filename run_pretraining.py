@@ -61,7 +61,7 @@ def main():
         print(f"{args.output_dir} is finished: nothing to do (a longer budget continues it)")
         return 0
     stop = StopSignals()
-    accelerator = parallel.make_accelerator(args.precision, args.report_to)  # the strategy that the YAML names
+    accelerator = parallel.make_accelerator(args.precision, args.report_to, args.pipeline_config)  # by the YAML
     say = partial(print, flush=True) if accelerator.is_main_process else lambda *_, **__: None
     refuse_attention(model_args.attn_implementation, accelerator.device.type)
     refuse_fused_loss(args.use_liger_kernel, accelerator.device.type)
@@ -178,17 +178,19 @@ def main():
 
 def check(model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
-    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile)
+    launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile, args.pipeline_config)
     refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
-    args.batch_ramp.cut(args.per_device_train_batch_size, parallel.launched_data_ranks())
+    ranks = parallel.launched_data_ranks(args.pipeline_config)
+    cut = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
+    parallel.check_micro_batches(launch.pipe, *cut)
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     corpus, *_ = prepare_rows(data_args, print)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
-    parallel.check_slices(model.config, launch.sizes.slices)
+    parallel.check_cut(model.config, launch)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 

@@ -276,7 +276,7 @@ def parse_pretraining_arguments(argv=None):
     if model.config_name:
         defaults = defaults | _of_config(model)
         model, data, training = parse(GROUPS, argv, **defaults)
-    if training.optimizer_type == "muon" and launched_engine() != "plain":
+    if training.optimizer_type == "muon" and launched_engine() not in ("plain", "pipeline"):
         model, data, training = parse(GROUPS, argv, **(defaults | OF_CUT_TENSORS))
         if training.optimizer_type != "muon":
             notes = [*notes, "note: this YAML cuts matrices, which Muon needs whole: AdamW takes its place"]

@@ -105,7 +105,7 @@ def parse_clm_arguments(argv=None):
     at_least(args, "mem_cap", 0)
     if args.train_batch_size is None:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.train_batch_size = rows * launched_data_ranks()
+        args.train_batch_size = rows * launched_data_ranks(args.pipeline_config)
     elif args.gradient_accumulation_steps > 1:
         raise UserError(
             "--gradient_accumulation_steps contradicts --train_batch_size, from which it follows: drop one"

@@ -1,6 +1,7 @@
 """A checkpoint in training, of any strategy, as a folder for from_pretrained; run by scripts/convert_checkpoint.sh.
 
-Checkpoints hold whole tensors under the model's names (common/parallel/state.py), so nothing has to be put together.
+Checkpoints hold whole tensors under the model's names (common/parallel/state.py), in one file or in one for each stage
+of a pipeline.
 """
 
 import shutil
@@ -20,6 +21,7 @@ from common.models.presets import GENERATOR
 
 USAGE = "usage: bash scripts/convert_checkpoint.sh <checkpoint> <output-folder> [max-shard-size]"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PARTS = "model-*-of-*.safetensors"  # of a pipeline's stages
 SHARD_PATTERN = "model{suffix}.safetensors"  # as save_pretrained names them
 SHARD_SIZE = "5GB"
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja")
@@ -73,7 +75,10 @@ def convert(source, output, shard_size=SHARD_SIZE):
     unfinished.mkdir(parents=True)
     try:
         shutil.copy(source / CONFIG, unfinished)
-        weights, of_generator = split_weights(load_file(source / WEIGHTS))
+        weights = {}
+        for part in sorted(source.glob(PARTS)) or [source / WEIGHTS]:
+            weights |= load_file(part)
+        weights, of_generator = split_weights(weights)
         models = {unfinished: weights}
         if of_generator:
             generator_config(AutoConfig.from_pretrained(source)).save_pretrained(unfinished / GENERATOR)

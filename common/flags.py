@@ -21,12 +21,18 @@ class _Parser(HfArgumentParser):
 
 
 @dataclass
-class PrecisionArguments:
-    """Flags of every script that trains: in what its matrices are multiplied. Several raise UserError."""
+class LaunchArguments:
+    """Flags of every script that trains, beside what its launcher's YAML says. Several precisions raise UserError."""
 
     bf16: bool = HfArg(default=False, help="bf16 matmuls; must agree with the launcher.")
     fp16: bool = HfArg(default=False, help="fp16 with loss scaling (GPU only); must agree with the launcher.")
     fp32: bool = HfArg(default=False, help="No mixed precision; must agree with the launcher.")
+    pipeline_config: str | None = HfArg(
+        default=None,
+        aliases=["--config_path"],
+        help="PipeDream's conf.json: which layers and which processes make up each stage of a pipeline, in place of "
+        "the stages in its YAML.",
+    )
 
     def __post_init__(self):
         if self.bf16 + self.fp16 + self.fp32 > 1:

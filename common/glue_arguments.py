@@ -7,7 +7,7 @@ from transformers.hf_argparser import HfArg
 
 from common.data.glue import DIAGNOSTIC, TASKS, find_task
 from common.errors import UserError
-from common.flags import PrecisionArguments, at_least, between, drop_replaced, one_of, parse, positive
+from common.flags import LaunchArguments, at_least, between, drop_replaced, one_of, parse, positive
 from common.schedulers import KNOWN_CURVES, check_curve
 
 # Of Hugging Face's example and of ExtremeBERT's run_glue.sh.
@@ -71,7 +71,7 @@ class GlueDataArguments:
 
 
 @dataclass
-class GlueTrainingArguments(PrecisionArguments):
+class GlueTrainingArguments(LaunchArguments):
     """Batch, optimizer, schedule, validation, checkpoints."""
 
     output_dir: str | None = HfArg(default=None, help="Where everything is written.")

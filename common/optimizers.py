@@ -181,6 +181,36 @@ def why_not_in_parts(optimizer: torch.optim.Optimizer, in_turn: bool = False, st
     return None
 
 
+@torch.no_grad()
+def why_not_apart(optimizer: torch.optim.Optimizer, steps: int = 120) -> str | None:
+    """Why an optimizer would compute something else where it is given some of a model's tensors: tried out.
+
+    One twin updates two matrices, another one of them by the same gradients.
+
+    Args:
+        optimizer: as build_optimizer returned it; left as it is. steps: updates, as in why_not_in_parts.
+    Returns:
+        what it does, for a message; None where it treats every tensor by itself.
+    """
+    if hasattr(optimizer, "eval"):
+        return "judges other weights than it trains, which no stage of a pipeline can tell apart"
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, slope = random(4, 6), random(4, 6)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    settings += [{**setting, "lr": 1.0} for setting in settings if "lr" in setting]  # large steps show more
+    for setting in settings:
+        alone, beside, other = (start.clone().requires_grad_() for _ in range(3))
+        twins = [_twin(optimizer, [{**setting, "params": tensors}]) for tensors in ([alone], [beside, other])]
+        for _ in range(steps):
+            alone.grad = slope + random(4, 6)
+            beside.grad, other.grad = alone.grad.clone(), 100 * random(4, 6)
+            for twin in twins:
+                twin.step()
+        if not _near(alone, beside, start):
+            return "looks at all tensors at once, and a stage of a pipeline has some of them"
+    return None
+
+
 def _counts_by_parameter(optimizer, setting, start, steps):
     """Whether calls of step() with an empty group in between change nothing."""
     random = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=start.dtype)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from common.data.examples import prediction_batches
-from common.metrics import GlueMetric
 
 
 def predict(accelerator, model, examples, batch_size, rank, ranks):
@@ -56,6 +55,8 @@ def score(task, outputs, labels, suffix):
     Returns:
         dict: eval_<metric>, eval_loss, eval_samples.
     """
+    from common.metrics import GlueMetric  # imports datasets, scipy and scikit-learn, which takes seconds
+
     metrics = GlueMetric(task.metrics, task.labels is None).compute(
         predictions=decide(task, outputs).tolist(), references=labels.tolist()
     )

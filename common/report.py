@@ -105,12 +105,12 @@ def write_curves(
     in_minutes = max((row["hours"] for row in metrics if "hours" in row), default=0.0) < 1
     time_unit, time_scale = ("minutes", 60) if in_minutes else ("hours", 1)
 
-    figure = Figure(figsize=(13, 7), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(13, 7), dpi=120)  # margins by hand: to look for them takes as long as to draw
     figure.suptitle(title, fontsize=13, fontweight="bold")
     top, bottom = figure.subfigures(2, 1)
-    loss_axes = top.subplots(1, 3, sharey=True)
-    rate_axis, speed_axis = bottom.subplots(1, 2)
+    margins = {"left": 0.06, "right": 0.985, "bottom": 0.15}
+    loss_axes = top.subplots(1, 3, sharey=True, gridspec_kw=margins | {"top": 0.87, "wspace": 0.08})
+    rate_axis, speed_axis = bottom.subplots(1, 2, gridspec_kw=margins | {"top": 0.95, "wspace": 0.12})
 
     def draw(axis, rows, x, y, x_scale=1, **style):
         rows = [row for row in rows if row.get(y) is not None and row.get(x) is not None]

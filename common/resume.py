@@ -12,7 +12,7 @@ FREE_ON_RESUME = """
     resume_from_checkpoint checkpointing_steps checkpointing_minutes num_epochs_between_checkpoints
     save_total_limit replay_clock logging_steps report_to project_name job_name bf16 fp16 fp32 cache_dir
     overwrite_cache preprocessing_num_workers max_eval_samples parity gradient_accumulation_steps mem_cap dry_run
-    max_bad_records trust_remote_code streaming attn_implementation model_name_or_path
+    max_bad_records trust_remote_code streaming attn_implementation model_name_or_path pipeline_config
 """.split()
 # ... or because the fingerprint of the prepared text and tokenizer speaks for it.
 IN_THE_FINGERPRINT = """

@@ -18,8 +18,10 @@ from common.progress import Progress
 from common.report import MetricsLog, write_all_results
 from common.resume import saved_settings
 from common.schedulers import LRScheduler, learning_rate_factor
+from common.stage_report import STAGE_LINE, TIMELINE, write_stage_report
 from common.stop import StopSignals
 from common.training import StepLog, TrainState, evaluate, judged_weights, refuse_infinite_weights, save_pretrained
+from common.utilisation import peak_memory_bytes
 from common.weight_average import WeightAverage
 
 LAST_LOG = ("time budget spent", "all steps done")  # a run stopped by a signal goes on, and logs when it is due
@@ -158,10 +160,13 @@ class Run:
         if log_due or self.reason in LAST_LOG or warm or stage_ends:  # a logged speed is of rows of one length
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
             metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
+            if late := self.accelerator.steps_behind:
+                metrics["loss_step"] = max(1, state.completed_steps - late)
             self.log_row(metrics | {"learning_rate": learning_rate, "epoch": state.consumed_rows / self.rows})
             self.loss_now, self.speed = metrics["loss"], metrics["tokens_per_second"]
         if warm:
             self.meter.restart()
+            self.accelerator.record_passes()
         used, left = clock.used_hours * 3600, limits.remaining_seconds
         self.bar.update(limits.share, used, left, state.completed_steps, self.loss_now, self.speed)
         self.validation_owed = limits.validation_due(rows_before) and self.reason == "signal"
@@ -272,7 +277,16 @@ class Run:
         Args:
             in_force: dict, as parallel.describe.
         """
+        passes = self.accelerator.passes({"peak_memory_bytes": peak_memory_bytes(self.accelerator.device)})
         results = in_force | self._figures() | self.meter.throughput(self.args.gradient_checkpointing)
+        if passes and self.accelerator.is_main_process:
+            stages = write_stage_report(self.output_dir, passes, in_force["strategy"])
+            results["bubble_share"] = stages["bubble_share"]
+            self.say(
+                *(STAGE_LINE.format(**row) for row in stages["stages"]),
+                f"timeline: {self.output_dir / TIMELINE}",
+                sep="\n",
+            )
         if self.accelerator.is_main_process:
             write_all_results(self.output_dir / run_folder.RESULTS, results)
         lines = (

@@ -10,7 +10,7 @@ from transformers.hf_argparser import HfArg
 from common.batch_ramp import BatchRamp
 from common.curve_files import check_curve_flags
 from common.errors import UserError
-from common.flags import PrecisionArguments, at_least, between, one_of, positive
+from common.flags import LaunchArguments, at_least, between, one_of, positive
 from common.limits import WARM_UP_STEPS
 from common.schedulers import KNOWN_CURVES
 
@@ -55,7 +55,7 @@ class TextArguments:
 
 
 @dataclass
-class TrainingArguments(PrecisionArguments):
+class TrainingArguments(LaunchArguments):
     """Budget, batch, optimizer, schedule, validation, checkpoints, reports."""
 
     output_dir: str | None = HfArg(
@@ -114,7 +114,8 @@ class TrainingArguments(PrecisionArguments):
         default=None, help="Compute the loss by Liger's kernel (default: on CUDA, where it is installed and right)."
     )
     memory_settings: bool = HfArg(
-        default=True, help="Restart once with the C library's settings for large blocks of memory (Linux)."
+        default=True,
+        help="Restart once with settings for large blocks of memory and for waiting threads (Linux).",
     )
 
     # ---- optimizer

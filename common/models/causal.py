@@ -4,10 +4,12 @@ B batch, S sequence, H hidden size, V vocabulary.
 """
 
 import copy
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
@@ -37,12 +39,39 @@ class ChunkedLossMixin:
         Returns:
             common.models.head_loss.HeadLoss.
         """
-        mask = None
-        if self.packs_documents or self.config._attn_implementation == "plain":  # the stock paths know what is causal
-            documents = document_ids if self.packs_documents else torch.ones_like(document_ids[:1])
-            mask = earlier_in_document(documents, compute_dtype(input_ids.device))
+        mask = self._mask(document_ids)
         output = self.base_model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
         return head_loss(self, output.last_hidden_state.flatten(0, 1), labels, weights, loss_denominator)
+
+    def _mask(self, document_ids):
+        if not self.packs_documents and self.config._attn_implementation != "plain":
+            return None  # the stock paths know what is causal
+        documents = document_ids if self.packs_documents else torch.ones_like(document_ids[:1])
+        return earlier_in_document(documents, compute_dtype(document_ids.device))
+
+    def called_layers(self):
+        """OPT's layers."""
+        return self.base_model.decoder.layers
+
+    def run_part(self, batch, hidden=None, layers=None):
+        """As MaskedPositionsMixin's, for OPT; batch: what forward takes."""
+        decoder, number, positions = self.base_model.decoder, len(self.called_layers()), batch["position_ids"]
+        layers = range(number) if layers is None else layers
+        if layers.start == 0:
+            hidden = decoder.embed_tokens(batch["input_ids"])
+            if decoder.project_in is not None:
+                hidden = decoder.project_in(hidden)
+            hidden = hidden + decoder.embed_positions(None, position_ids=positions)
+        context = {"attention_mask": self._mask(batch["document_ids"]), "past_key_values": None}
+        context["attention_mask"] = create_causal_mask(self.config, hidden, **context)
+        for place in layers:
+            hidden = decoder.layers[place](hidden, **context, position_ids=positions, use_cache=False)
+        if layers.stop < number:
+            return hidden
+        for last in filter(None, (decoder.final_layer_norm, decoder.project_out)):
+            hidden = last(hidden)
+        targets = (batch[name] for name in ("labels", "weights", "loss_denominator"))
+        return head_loss(self, hidden.flatten(0, 1), *targets)
 
 
 def earlier_in_document(document_ids, dtype):
@@ -133,12 +162,13 @@ def row_length(config, block_size):
     return block_size
 
 
-def build_causal_lm(model_args, data_args, config, load):
+def build_causal_lm(model_args, data_args, config, load, build=None):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args, data_args: common.clm_arguments; config: what causal_config returned, with its vocabulary fitted.
-        load: what common.parallel.loader returned, or common.parallel.load_shapes.
+        load: what common.parallel.loader returned, or common.parallel.load_shapes; build: what common.parallel.builder
+            returned; None builds it whole.
     Returns:
         a stock transformers model whose forward is ChunkedLossMixin's; its numbers may come with prepare().
     Raises:
@@ -147,7 +177,8 @@ def build_causal_lm(model_args, data_args, config, load):
     if model_args.model_name_or_path:
         model = _load(load, model_args.model_name_or_path, data_args, config)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        how = partial(build, AutoModelForCausalLM) if build else AutoModelForCausalLM.from_config
+        model = how(config, dtype=torch.float32)
     stock = type(model)
     if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")

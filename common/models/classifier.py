@@ -49,7 +49,11 @@ class WeightedExamplesMixin:
         Returns:
             ClassifierOutput.
         """
-        logits = self.class_logits(**inputs).float()
+        return self._judge(self.class_logits(**inputs), weights, labels, loss_denominator)
+
+    def _judge(self, logits, weights, labels=None, loss_denominator=None, **_):
+        """ClassifierOutput of logits [B, C]; the others as forward."""
+        logits = logits.float()
         if labels is None:
             return ClassifierOutput(logits=logits)
         if logits.shape[1] == 1:
@@ -67,29 +71,56 @@ class WeightedExamplesMixin:
 class FirstPositionMixin(WeightedExamplesMixin):
     """Of the last layer, whose output the head reads at the first position, computes that position alone."""
 
-    def class_logits(self, input_ids, attention_mask, token_type_ids=None):
+    def class_logits(self, **inputs):
         """[B, C]: the stock model's numbers; input_ids, attention_mask, token_type_ids [B, S] int64."""
+        return self._head(self._pass(inputs, None, range(len(self.called_layers()))))
+
+    def called_layers(self):
+        """The layers in the order in which they are called."""
+        return self.base_model.encoder.layer
+
+    def run_part(self, batch, hidden, layers):
+        """What a part of the layers makes of a micro-batch: the first one embeds it, the last one judges it.
+
+        Args:
+            batch: what forward takes; hidden: [B, S, H] of the layer before, None where there is none.
+            layers: range of the numbers of layers that are called.
+        Returns:
+            [B, S, H], or ClassifierOutput where the last layer is among them.
+        """
+        hidden = self._pass(batch, hidden, layers)
+        return hidden if layers.stop < len(self.called_layers()) else self._judge(self._head(hidden), **batch)
+
+    def _pass(self, inputs, hidden, layers):
+        """[B, S, H], or [B, 1, H] of the last layer; arguments as run_part."""
+        if layers.start == 0:
+            types = inputs.get("token_type_ids")
+            hidden = self.base_model.embeddings(input_ids=inputs["input_ids"], token_type_ids=types)
+        first = torch.zeros_like(inputs["input_ids"][:, :1])
+        return self._run_layers(hidden, inputs["attention_mask"], first, layers)
+
+    def _run_layers(self, hidden, attention_mask, first, numbers):
         encoder, mask = self.base_model.encoder, _added_to_scores(attention_mask)
-        hidden = self.base_model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)  # [B, S, H]
-        *layers, last = encoder.layer
-        for layer in layers:
-            hidden = layer(hidden, mask)
-        hidden = last(hidden, mask, torch.zeros_like(input_ids[:, :1]))  # [B, 1, H]
-        if hasattr(encoder, "ln"):  # of the pre-norm family
-            hidden = encoder.ln(hidden)
+        final = len(encoder.layer) - 1
+        for number in numbers:
+            layer = encoder.layer[number]
+            hidden = layer(hidden, mask, first) if number == final else layer(hidden, mask)
+        last_norm = hasattr(encoder, "ln") and numbers.stop > final  # of the pre-norm family
+        return encoder.ln(hidden) if last_norm else hidden
+
+    def _head(self, hidden):
         return self.classifier(self.dropout(self.base_model.pooler(hidden)))
 
 
-class DisentangledFirstPositionMixin(WeightedExamplesMixin):
+class DisentangledFirstPositionMixin(FirstPositionMixin):
     """The same for both DeBERTas."""
 
-    def class_logits(self, input_ids, attention_mask, token_type_ids=None):
-        """As FirstPositionMixin.class_logits."""
+    def _run_layers(self, hidden, attention_mask, first, numbers):
         encoder, mask = self.base_model.encoder, _added_to_scores(attention_mask)
-        context = Relative(mask, *relative_positions(encoder, input_ids.shape[1], input_ids.device))
-        hidden = self.base_model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)  # [B, S, H]
-        first = torch.zeros_like(input_ids[:, :1])
-        hidden = encode(encoder, hidden, (context, context), attention_mask, first)  # [B, 1, H]
+        context = Relative(mask, *relative_positions(encoder, attention_mask.shape[1], attention_mask.device))
+        return encode(encoder, hidden, (context, context), attention_mask, first, numbers)
+
+    def _head(self, hidden):
         return self.classifier(self.dropout(self.pooler(hidden)))
 
 

@@ -80,25 +80,29 @@ def attend_disentangled(attention, path, hidden, relative, wanted):
     return output.flatten(2)
 
 
-def encode(encoder, hidden, contexts, documents, wanted):
+def encode(encoder, hidden, contexts, documents, wanted, numbers=None):
     """The layers of either DeBERTa.
 
     Args:
         encoder: stock encoder whose layers have the forward pass of common/models/layers.py.
         hidden: [B, S, H]; contexts: Relatives, for all positions and for those wanted.
         documents: [B, S] integers, for the convolution that the largest of v2 have; wanted: [B, N] int64.
+        numbers: range of the layers to call, None for all.
     Returns:
-        output of the last layer, [B, N, H].
+        [B, S, H] or, where the last layer is among them, its output [B, N, H].
     """
-    layers, convolution = list(encoder.layer), getattr(encoder, "conv", None)
-    if convolution is not None:
-        first = layers.pop(0)
-        hidden = _convolve(convolution, hidden, first(hidden, contexts[0]), documents)
-        if not layers:
-            return take(hidden, wanted)
-    for layer in layers[:-1]:
-        hidden = layer(hidden, contexts[0])
-    return layers[-1](hidden, contexts[1], wanted)
+    convolution, final = getattr(encoder, "conv", None), len(encoder.layer) - 1
+    for number in range(final + 1) if numbers is None else numbers:
+        layer = encoder.layer[number]
+        if number == 0 and convolution is not None:
+            hidden = _convolve(convolution, hidden, layer(hidden, contexts[0]), documents)
+            if final == 0:
+                hidden = take(hidden, wanted)
+        elif number == final:
+            hidden = layer(hidden, contexts[1], wanted)
+        else:
+            hidden = layer(hidden, contexts[0])
+    return hidden
 
 
 def _convolve(layer, embedded, hidden, documents):

@@ -42,28 +42,49 @@ class MaskedPositionsMixin:
 
     packs_documents = True  # rows hold several documents that must not see each other
 
-    def forward(
-        self, input_ids, position_ids, document_ids, masked_positions, masked_labels, masked_weights, loss_denominator
-    ):
+    def forward(self, **batch):
         """Loss of a micro-batch.
 
         Args:
-            input_ids, position_ids, document_ids: [B, S] int64.
-            masked_positions, masked_labels: [B, k] int64: where, and what was there.
-            masked_weights: [B, k] float32: 1, or 0 for a position that only fills the shape.
-            loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
-                so that the mean over micro-batches is the loss of the global batch however it was cut.
+            batch: input_ids, position_ids, document_ids: [B, S] int64.
+                masked_positions, masked_labels: [B, k] int64: where, and what was there.
+                masked_weights: [B, k] float32: 1, or 0 for a position that only fills the shape.
+                loss_denominator: scalar float32: the summed weight of the global batch over its number of
+                micro-batches, so that the mean over micro-batches is the loss of the global batch however it was cut.
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
-        hidden = self._encode(masked_positions, document_ids, input_ids, position_ids)
-        return head_loss(self, self._transform(hidden).flatten(0, 1), masked_labels, masked_weights, loss_denominator)
+        return self.run_part(batch)
 
-    def _encode(self, wanted, document_ids, input_ids, position_ids, *types):
-        """The encoder's output at the positions `wanted`, [B, N] int64: [B, N, H]. Args: types: none, or [B, S]."""
-        contexts = self._contexts(document_ids, position_ids, wanted)
-        hidden = self._embed(input_ids, position_ids, *types)  # [B, S, H]
-        return self._run_layers(hidden, contexts, document_ids, wanted)
+    def run_part(self, batch, hidden=None, layers=None):
+        """What a part of the layers makes of a micro-batch: the first one embeds it, the last one judges it.
+
+        Args:
+            batch: as forward; hidden: [B, S, H] of the layer before, None where there is none.
+            layers: range of the numbers of layers that are called, None for all.
+        Returns:
+            [B, S, H], or HeadLoss where the last layer is among them.
+        """
+        number = len(self.called_layers())
+        layers = range(number) if layers is None else layers
+        wanted = self._wanted(batch)  # where the last layer's output is looked at, [B, N] int64
+        contexts = self._contexts(batch["document_ids"], batch["position_ids"], wanted)
+        if layers.start == 0:
+            hidden = self._embed(batch["input_ids"], batch["position_ids"], *self._types(batch))
+        hidden = self._run_layers(hidden, contexts, batch["document_ids"], wanted, layers)
+        return hidden if layers.stop < number else self._judge_all(self._last_norm(hidden), batch)
+
+    def _wanted(self, batch):
+        return batch["masked_positions"]
+
+    def _types(self, batch):
+        """What _embed takes beside ids and positions: none, or [B, S]."""
+        return ()
+
+    def _judge_all(self, hidden, batch):
+        """HeadLoss of the encoder's output at the positions wanted, [B, N, H]."""
+        targets = (batch[name] for name in ("masked_labels", "masked_weights", "loss_denominator"))
+        return head_loss(self, self._transform(hidden).flatten(0, 1), *targets)
 
     def _contexts(self, document_ids, position_ids, wanted):
         """What layers take beside their input: where all positions attend, and where those `wanted` [B, N] do."""
@@ -72,12 +93,13 @@ class MaskedPositionsMixin:
         dtype = compute_dtype(document_ids.device)
         return self.document_mask(document_ids, dtype), self.document_mask(document_ids, dtype, wanted)
 
-    def _run_layers(self, hidden, contexts, document_ids, wanted):
-        """What the encoder makes of the embeddings [B, S, H], at the positions `wanted`: [B, N, H]."""
-        *layers, last = self.called_layers()
-        for layer in layers:
-            hidden = layer(hidden, contexts[0])
-        return self._last_norm(last(hidden, contexts[1], wanted))
+    def _run_layers(self, hidden, contexts, document_ids, wanted, numbers=None):
+        """What layers of these numbers (None: all) make of [B, S, H]; the last of all at the positions `wanted`."""
+        layers = self.called_layers()
+        for number in range(len(layers)) if numbers is None else numbers:
+            last = number == len(layers) - 1
+            hidden = layers[number](hidden, contexts[1], wanted) if last else layers[number](hidden, contexts[0])
+        return hidden
 
     def _last_norm(self, hidden):
         encoder = self.base_model.encoder
@@ -131,31 +153,35 @@ class AlbertMixin(MaskedPositionsMixin):
 class SentencePairsMixin(MaskedPositionsMixin):
     """Gives a stock model with two heads the same forward pass, and the loss of the head that judges pairs."""
 
-    def forward(self, token_type_ids, cls_positions, sentence_labels, sentence_weights, **masked):
+    def forward(self, **batch):
         """Sum of the losses of a micro-batch, as in Devlin et al. 2019, appendix A.2.
 
         Args:
-            token_type_ids: [B, S] int64.
-            cls_positions, sentence_labels: [B, n] int64: where each pair begins, and whether B does not follow A.
-            sentence_weights: [B, n] float32: 1 in training.
-            masked: what MaskedPositionsMixin.forward takes.
+            batch: what MaskedPositionsMixin.forward takes, and
+                token_type_ids: [B, S] int64.
+                cls_positions, sentence_labels: [B, n] int64: where each pair begins, and whether B does not follow A.
+                sentence_weights: [B, n] float32: 1 in training.
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k], and those of the pairs, [B, n].
         """
-        pairs = cls_positions.shape[1]
-        wanted = torch.cat([cls_positions, masked["masked_positions"]], dim=1)
-        embedded = masked["input_ids"], masked["position_ids"], token_type_ids
-        hidden = self._encode(wanted, masked["document_ids"], *embedded)
-        at_masked = self._transform(hidden[:, pairs:]).flatten(0, 1)
-        targets = (masked[name] for name in ("masked_labels", "masked_weights", "loss_denominator"))
-        output = head_loss(self, at_masked, *targets)
+        return super().forward(**batch)
+
+    def _wanted(self, batch):
+        return torch.cat([batch["cls_positions"], batch["masked_positions"]], dim=1)
+
+    def _types(self, batch):
+        return (batch["token_type_ids"],)
+
+    def _judge_all(self, hidden, batch):
+        pairs, labels = batch["cls_positions"].shape[1], batch["sentence_labels"]
+        output = super()._judge_all(hidden[:, pairs:], batch)
         logits = self._judge(hidden[:, :pairs]).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), sentence_labels.flatten(), reduction="none")
-        losses = losses.view_as(sentence_weights)
-        loss = output.loss + (losses * sentence_weights).mean()  # every micro-batch has as many pairs
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = losses.view_as(batch["sentence_weights"])
+        loss = output.loss + (losses * batch["sentence_weights"]).mean()  # every micro-batch has as many pairs
         if self.training:
             return HeadLoss(loss=loss)
-        return HeadLoss(loss, output.losses, output.correct, losses, logits.argmax(-1) == sentence_labels)
+        return HeadLoss(loss, output.losses, output.correct, losses, logits.argmax(-1) == labels)
 
     def _judge(self, hidden):
         """Logits of "B follows A" and of "it does not". Args: hidden: [B, n, H]. Returns: [B, n, 2]."""
@@ -193,9 +219,9 @@ class DebertaMixin(MaskedPositionsMixin):
         relative = relative_positions(self.base_model.encoder, document_ids.shape[1], document_ids.device)
         return [Relative(mask, *relative) for mask in super()._contexts(document_ids, position_ids, wanted)]
 
-    def _run_layers(self, hidden, contexts, document_ids, wanted):
+    def _run_layers(self, hidden, contexts, document_ids, wanted, numbers):
         documents = document_ids if self.packs_documents else torch.zeros_like(document_ids)
-        return encode(self.base_model.encoder, hidden, contexts, documents, wanted)
+        return encode(self.base_model.encoder, hidden, contexts, documents, wanted, numbers)
 
     def _embed(self, input_ids, position_ids):
         return self.base_model.embeddings(input_ids=input_ids, position_ids=position_ids)

@@ -3,10 +3,12 @@
 from common.parallel.configs import launched_sharding
 from common.parallel.launch import (
     check_launch,
+    check_micro_batches,
     check_optimizer,
     launched_data_ranks,
     launched_engine,
     launcher_started,
+    refuse_delay,
     restarts,
 )
 from common.parallel.parts import load_shapes
@@ -20,8 +22,9 @@ from common.parallel.processes import (
     shut_down,
     start_tracker,
 )
-from common.parallel.slicing import check_slices
 from common.parallel.strategies import (
+    builder,
+    check_cut,
     compiles,
     describe,
     limit_memory,
@@ -33,9 +36,11 @@ from common.parallel.strategies import (
 
 __all__ = [
     "agree_max",
+    "builder",
     "check_launch",
+    "check_micro_batches",
     "check_optimizer",
-    "check_slices",
+    "check_cut",
     "compiles",
     "data_rank",
     "describe",
@@ -50,6 +55,7 @@ __all__ = [
     "make_accelerator",
     "on_main",
     "raise_together",
+    "refuse_delay",
     "restarts",
     "seed_dropout",
     "set_accumulation",

@@ -18,9 +18,11 @@ VARIABLES = {
 }
 
 
-def launched_sharding():
+def launched_sharding(pipeline_config=None):
     """What the launcher's environment says of the YAML in force; before make_accelerator, which changes it.
 
+    Args:
+        pipeline_config: as common.parallel.launch.launched_pipe.
     Returns:
         dict with strategy, slices, replicas, offload and offload_parameters, as common.memory.Workload takes them.
     """
@@ -28,7 +30,7 @@ def launched_sharding():
     role, given = launched_role()
     if role == "colossalai":
         return sharding(given) | {"slices": 1}
-    return _sharding(launched_engine(), options) | {"slices": launched_sizes().slices}
+    return _sharding(launched_engine(), options) | {"slices": launched_sizes(pipeline_config).slices}
 
 
 def single_machine_configs(folder):

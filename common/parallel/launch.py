@@ -11,13 +11,31 @@ import torch
 
 from common.errors import UserError
 from common.hardware import has_bf16
-from common.optimizers import why_not_in_parts
+from common.models.stages import divide_layers
+from common.optimizers import why_not_apart, why_not_in_parts
 from common.parallel.colossalai_options import check_installed, parse_options
 from common.parallel.fp8 import check_fp8
+from common.parallel.stage_map import StageMap, read_stage_map
 
-# What the first word of a YAML's `role` may be, with the options that follow it as name=number; accelerate's own
-# strategies leave torchrun's "default", and Colossal-AI's options are read in colossalai_options.py.
-ROLES = {"default": (), "cpu": (), "tensor_parallel": ("size",), "colossalai": ()}
+# Schedules of a pipeline, with the number of stages that each process has.
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "2bw": 1}
+# What the first word of a YAML's `role` may be, with the options that follow it as name=value and what a value may be,
+# None for a number; accelerate's own strategies leave torchrun's "default", and Colossal-AI's options are read in
+# colossalai_options.py.
+ROLES = {
+    "default": {},
+    "cpu": {},
+    "tensor_parallel": {"size": None},
+    "pipeline": {"schedule": SCHEDULES, "stages": None, "micro_batches": None},
+    "colossalai": {},
+}
+# Roles that cut a model themselves, with what to do about another engine beside them.
+TOGETHER = {
+    "tensor_parallel": "together with FSDP it is parallelism_config_tp_size, see "
+    "accelerate_configs/tensor_parallel_fsdp.yaml",
+    "pipeline": "stages are not cut once more",
+    "colossalai": "it cuts by itself",
+}
 # accelerate's flags for the engines that it starts itself, by the `distributed_type` that sets them.
 ENGINES = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 PARALLELISM = "PARALLELISM_CONFIG_"
@@ -34,12 +52,46 @@ class Sizes(NamedTuple):
     slices: int
 
 
+class Pipe(NamedTuple):
+    """A pipeline: name in SCHEDULES, number of stages, micro-batches in which a batch goes through them.
+
+    stage_map: StageMap that says which layers and processes make up each stage; None: as many layers on each as can
+    be, on processes that follow each other. A process has a place among those of its copy of the pipeline, from 0 on.
+    """
+
+    schedule: str = "none"
+    stages: int = 1
+    micro_batches: int = 1
+    stage_map: StageMap | None = None
+
+    @property
+    def processes(self):
+        """How many processes its stages are on."""
+        return self.stages // SCHEDULES.get(self.schedule, 1)
+
+    def layers(self, number):
+        """The layers of each stage: list of range. Args: number: of them in the model. Raises: UserError."""
+        return self.stage_map.layers(number) if self.stage_map else divide_layers(number, self.stages)
+
+    def seat(self, rank):
+        """(copy of the pipeline, place in it) of a process."""
+        if self.stage_map is None:
+            return divmod(rank, self.processes)
+        stage = self.stage_map.stage_of(rank)
+        return self.stage_map.ranks[stage].index(rank), stage
+
+    def rank(self, copy, place):
+        """The process that has a place in a copy of the pipeline."""
+        return copy * self.processes + place if self.stage_map is None else self.stage_map.ranks[place][copy]
+
+
 @dataclass(frozen=True)
 class Launch:
     """What is asked for.
 
     engine: as launched_engine. role: first word of the YAML's `role`. options: its others, as parse_role. world:
-    processes. sizes: their arrangement. cpu: whether to compute there. precision: "bf16", "fp16", "fp8" or "no".
+    processes. sizes: their arrangement; pipe: the pipeline in each copy. cpu: whether to compute there. precision:
+    "bf16", "fp16", "fp8" or "no".
     """
 
     engine: str
@@ -47,20 +99,23 @@ class Launch:
     options: dict
     world: int
     sizes: Sizes
+    pipe: Pipe
     cpu: bool
     precision: str
 
 
-def check_launch(precision, tracker, compiled=False):
+def check_launch(precision, tracker, compiled=False, pipeline_config=None):
     """Judge what the launcher and the command line ask for, without starting anything.
 
     Args:
         precision: "bf16", "fp16", "no" or None; what the command line asks for. It must agree with a launcher's.
         tracker: "none", or a name that accelerate knows; compiled: whether the model is to be compiled.
+        pipeline_config: as launched_pipe.
     Returns:
         Launch.
     Raises:
-        UserError: an unknown role, contradicting or impossible precision, a tracker or a compiler that is missing.
+        UserError: an unknown role, contradicting or impossible precision, a tracker or a compiler that is missing,
+            stages that cannot be.
     """
     if tracker != "none" and not importlib.util.find_spec(tracker):
         raise UserError(f"--report_to {tracker}: its package is missing; pip install {tracker}, or drop the flag")
@@ -71,24 +126,25 @@ def check_launch(precision, tracker, compiled=False):
     if compiled and cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("--torch_compile needs a C++ compiler on a CPU: install g++, or drop the flag")
     precision = _resolve_precision(precision, cpu)
-    return Launch(launched_engine(), role, options, launched_processes(), launched_sizes(), cpu, precision)
+    sizes, pipe = launched_sizes(pipeline_config), launched_pipe(pipeline_config)
+    return Launch(launched_engine(), role, options, launched_processes(), sizes, pipe, cpu, precision)
 
 
 def launched_engine():
-    """Who is to cut the model's tensors: "deepspeed", "fsdp", "tensor_parallel", "colossalai"; "plain": nobody."""
+    """What cuts a model: "deepspeed", "fsdp", "tensor_parallel", "pipeline", "colossalai"; "plain": nothing does."""
     engine, (role, options) = next((name for name, flag in ENGINES.items() if _is_set(flag)), "plain"), launched_role()
-    if role not in ("tensor_parallel", "colossalai"):
+    if role not in TOGETHER:
         return engine
     if engine != "plain":
-        together = "; together with FSDP it is parallelism_config_tp_size, see accelerate_configs/"
-        together = f"{together}tensor_parallel_fsdp.yaml" if role == "tensor_parallel" else ""
-        raise UserError(f"the YAML's role {role} is for distributed_type: MULTI_GPU{together}")
+        raise UserError(f"the YAML's role {role} is for distributed_type: MULTI_GPU; {TOGETHER[role]}")
     return "plain" if options.get("plugin") == "ddp" else role
 
 
-def launched_sizes():
+def launched_sizes(pipeline_config=None):
     """How the launcher asks to arrange the processes: Sizes.
 
+    Args:
+        pipeline_config: as launched_pipe.
     Raises:
         UserError: their number does not go up in the sizes.
     """
@@ -96,6 +152,14 @@ def launched_sizes():
     if engine == "tensor_parallel":
         slices = launched_role()[1]["size"]
         sizes = Sizes(world // slices, 1, slices)
+    elif engine == "pipeline":
+        processes = launched_pipe(pipeline_config).processes
+        if world % processes:
+            raise UserError(
+                f"the YAML's role has stages for {processes} processes and num_processes is {world}: change the "
+                "stages, or give a multiple"
+            )
+        return Sizes(world // processes, 1, 1)
     elif engine == "fsdp":
         given = _parallelism()
         copies, slices = given.get("dp_replicate", 1), given.get("tp", 1)
@@ -110,9 +174,93 @@ def launched_sizes():
     return sizes
 
 
-def launched_data_ranks():
-    """How many of the processes that the launcher says there are read different rows."""
-    return launched_processes() // launched_sizes().slices
+def launched_pipe(pipeline_config=None):
+    """The pipeline that the launcher asks for: Pipe, of one stage where there is none.
+
+    Args:
+        pipeline_config: path of PipeDream's conf.json, whose stages take the place of the YAML's; or None.
+    Raises:
+        UserError: numbers that no schedule fits, a file that cannot be followed.
+    """
+    role, options = launched_role()
+    if role != "pipeline":
+        if pipeline_config is not None:
+            raise UserError(
+                f"--pipeline_config {pipeline_config} is for a YAML with stages: launch with accelerate_configs/"
+                "pipeline_1f1b.yaml or another pipeline_*.yaml, or drop the flag"
+            )
+        return Pipe()
+    pipe = Pipe(**options)
+    each = SCHEDULES[pipe.schedule]
+    if pipeline_config is not None:
+        stage_map = read_stage_map(pipeline_config)
+        stage_map.check_processes(launched_processes())
+        stage_map.check_copies()
+        stage_map.check_warm_up()
+        if each > 1:
+            raise UserError(
+                f"the YAML's role: schedule={pipe.schedule} has {each} stages on each process, and {pipeline_config} "
+                "gives each process one: choose accelerate_configs/pipeline_1f1b.yaml"
+            )
+        pipe = pipe._replace(stages=len(stage_map.ranks), stage_map=stage_map)
+    schedule, stages, micro_batches, _ = pipe
+    if schedule == "1f1b" and micro_batches < stages:
+        raise UserError(
+            f"the YAML's role: schedule=1f1b with {stages} stages needs as many micro-batches, and micro_batches="
+            f"{micro_batches}: give more, or schedule=gpipe"
+        )
+    if stages % each or stages // each < 2:
+        raise UserError(
+            f"the YAML's role: schedule={schedule} has {each} stage(s) on each of two or more processes, and "
+            f"stages={stages} does not go up in that: give a multiple of {each} from {2 * each} on"
+        )
+    if each > 1 and micro_batches % pipe.processes:
+        raise UserError(
+            f"the YAML's role: schedule={schedule} takes micro-batches in rounds of one for each process: "
+            f"micro_batches={micro_batches} is no multiple of {pipe.processes}"
+        )
+    return pipe
+
+
+def check_micro_batches(pipe, per_device, accumulation):
+    """Refuse a batch that does not go through a pipeline.
+
+    Args:
+        pipe: Pipe; per_device: rows that a device takes at once; accumulation: how often in a step.
+    Raises:
+        UserError: rows that cannot be cut into micro-batches, or too few of them for two versions of the weights.
+    """
+    schedule, stages, micro_batches, _ = pipe
+    if per_device % micro_batches:
+        raise UserError(
+            f"--per_device_train_batch_size {per_device} cannot be cut into the {micro_batches} micro-batches of the "
+            "YAML's role: give a multiple, or change micro_batches"
+        )
+    if schedule == "2bw" and micro_batches * accumulation < stages:
+        raise UserError(
+            f"PipeDream-2BW with {stages} stages needs {stages} or more micro-batches in a step, so that two versions "
+            f"of the weights are enough; there are {micro_batches * accumulation}: raise micro_batches in the YAML's "
+            "role"
+        )
+
+
+def refuse_delay():
+    """Refuse a pipeline whose updates come late, where there are few of them.
+
+    Raises:
+        UserError: the YAML asks for it.
+    """
+    if launched_role()[1].get("schedule") == "2bw":
+        raise UserError(
+            "the YAML's role: schedule=2bw applies each gradient one step late, which a short fine-tuning does not "
+            "make up for: choose accelerate_configs/pipeline_1f1b.yaml"
+        )
+
+
+def launched_data_ranks(pipeline_config=None):
+    """How many of the processes that the launcher says there are read different rows. Args: as launched_pipe."""
+    slices, processes = launched_sizes(pipeline_config).slices, launched_pipe(pipeline_config).processes
+    return launched_processes() // (slices * processes)
 
 
 def check_optimizer(engine, optimizer):
@@ -123,6 +271,11 @@ def check_optimizer(engine, optimizer):
     Raises:
         UserError: it looks at whole tensors and would see parts of them.
     """
+    if engine == "pipeline":
+        if reason := why_not_apart(optimizer):
+            remedy = "give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml"
+            raise UserError(f"{type(optimizer).__name__} {reason}: {remedy}")
+        return
     if engine == "plain" or not (reason := why_not_in_parts(optimizer, in_turn=engine == "deepspeed")):
         return
     sees_whole = getattr(optimizer, "sees_whole_dtensors", False)
@@ -166,11 +319,17 @@ def parse_role(text):
         raise UserError(f"the YAML's role '{text}' is unknown: known roles are {', '.join(ROLES)}")
     if name == "colossalai":
         return name, parse_options(options)
-    pairs = [option.partition("=")[::2] for option in options]
-    if tuple(key for key, _ in pairs) != ROLES[name] or not all(value.isdigit() and int(value) for _, value in pairs):
-        wanted = " ".join([name, *(f"{option}=N" for option in ROLES[name])])
-        raise UserError(f"the YAML's role '{text}' is not understood: it is written '{wanted}', N from 1 on")
-    return name, {key: int(value) for key, value in pairs}
+    pairs, known = [option.partition("=")[::2] for option in options], ROLES[name]
+    fits = tuple(key for key, _ in pairs) == tuple(known)
+    if not fits or not all(value in known[key] if known[key] else _is_count(value) for key, value in pairs):
+        wanted = (f"{key}={'|'.join(values) if values else 'N'}" for key, values in known.items())
+        form = " ".join([name, *wanted])
+        raise UserError(f"the YAML's role '{text}' is not understood: it is written '{form}', N from 1 on")
+    return name, {key: value if known[key] else int(value) for key, value in pairs}
+
+
+def _is_count(text):
+    return text.isdigit() and int(text) > 0
 
 
 def launched_role():
@@ -198,7 +357,7 @@ def _resolve_precision(asked, cpu):
             f"accelerate launch --mixed_precision {asked}"
         )
     precision = asked or launched or ("bf16" if has_bf16("cpu" if cpu else "cuda") else "no")
-    if precision == "fp16" and cpu:
+    if precision == "fp16" and cpu and launched_role()[0] != "colossalai":  # whose substitutes for CUDA know it
         raise UserError("fp16 needs a GPU: use --bf16 or --fp32 (or mixed_precision: bf16 in the YAML) on a CPU")
     if precision == "fp8":
         check_fp8(launched_engine(), cpu)

@@ -70,8 +70,8 @@ def fill(model, device):
         model: parameters on the meta device, DTensors among them; device: where the parts are to be held.
     """
     empty = {p: torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}
-    _replace(model, empty)
-    with _reader(model) as read:
+    replace(model, empty)
+    with whole_numbers(model) as read:
         tensors.set_whole_weights(model, read)
 
 
@@ -84,30 +84,39 @@ def fill_in_turn(model, cut):
         cut: function of a module, those in which have been cut, that leaves to this process its part of the others.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with _reader(model) as read:
+    with whole_numbers(model) as read:
         for module in reversed(list(model.modules())):  # what is in a module comes before it
             waiting = [parameter for parameter in module.parameters(recurse=False) if parameter in names]
             if waiting:
                 whole = {p: torch.empty_like(p, device="cpu").copy_(read(names.pop(p))) for p in waiting}
-                _replace(model, {p: torch.nn.Parameter(numbers, p.requires_grad) for p, numbers in whole.items()})
+                replace(model, {p: torch.nn.Parameter(numbers, p.requires_grad) for p, numbers in whole.items()})
                 del whole
                 cut(module)
 
 
-def _replace(model, parameters):
-    """Put other parameters in the places of a model's; what is tied stays tied."""
+def replace(model, parameters):
+    """Put other parameters in the places of a model's; what is tied stays tied.
+
+    Args:
+        parameters: dict of the parameters that the model has to those that it is to have.
+    """
     for module in model.modules():
         here = {name: parameters[p] for name, p in module._parameters.items() if p in parameters}
         module._parameters.update(here)
 
 
 @contextlib.contextmanager
-def _reader(model):
-    """A function of a parameter's name giving its whole tensor; at the end buffers are read, too."""
+def whole_numbers(model):
+    """A function of a parameter's name giving its whole tensor, for a model with `places`; at the end buffers are
+    read, too."""
     with contextlib.ExitStack() as stack:
-        files = {place.file for place in model.places.values()}
+        files = {place.file for place in model.places.values() if isinstance(place, Place)}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        read = lambda name: opened[model.places[name].file].get_tensor(model.places[name].key)  # noqa: E731
+
+        def read(name):
+            place = model.places[name]
+            return opened[place.file].get_tensor(place.key) if isinstance(place, Place) else place.numbers()
+
         yield read
         for name, buffer in model.named_buffers():
             if name in model.places:

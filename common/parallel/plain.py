@@ -15,11 +15,13 @@ class PlainAccelerator(Accelerator):
         states: the module that turns what this strategy holds into whole tensors and back; see common.parallel.state.
         compiles: whether the model may be compiled as a whole before prepare().
         averages: whether the weights that a process holds may be exchanged for others between two steps.
-        tries_batches: whether a backward pass may be tried and forgotten.
+        tries_batches: whether a batch may be tried out between two steps.
+        steps_behind: how many steps the loss and the norm that a step returns are older than it.
     """
 
     states = tensors
     compiles = averages = tries_batches = True
+    steps_behind = 0
 
     def __init__(self, launch, **settings):
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
@@ -45,6 +47,21 @@ class PlainAccelerator(Accelerator):
         """(rank, ranks) among the processes that read different rows."""
         return self.process_index, self.num_processes
 
+    @property
+    def checkpoint_part(self):
+        """(number of the part of a checkpoint that this process writes, or None; number of parts)."""
+        return (0 if self.is_main_process else None), 1
+
+    def place_of(self, rank):
+        """Where a process is in the arrangement of this strategy, for people, with a space before; or nothing."""
+        return ""
+
+    def record_passes(self):
+        """Begin to note when this process computes, where others may wait for it."""
+
+    def passes(self, about):
+        """What was noted: as common.parallel.stage_times.StageTimes.gather; None where nothing is."""
+
     def load_pretrained(self, auto_class, name, **options):
         """As auto_class.from_pretrained with output_loading_info; prepare() may be what reads the numbers.
 
@@ -54,6 +71,16 @@ class PlainAccelerator(Accelerator):
             (model, info).
         """
         return auto_class.from_pretrained(name, output_loading_info=True, **options)
+
+    def build(self, auto_class, config, **options):
+        """As auto_class.from_config; prepare() may be what draws the numbers, which are the same.
+
+        Args:
+            auto_class: of transformers; config: of the model; options: of from_config.
+        Returns:
+            the model.
+        """
+        return auto_class.from_config(config, **options)
 
     def describe_strategy(self):
         """What is in force, for people."""

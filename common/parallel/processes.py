@@ -45,11 +45,14 @@ def start_tracker(accelerator, folder, project, run_name, settings):
 def agree_max(accelerator):
     """A function that takes the element-wise maximum of a list of floats over all processes, on the CPU.
 
-    The group is gloo's, so that a reading of the clock never waits for the device's queue.
+    The group is gloo's, so that a reading of the clock never waits for the device's queue. Where batches follow each
+    other without a flush, what others than the main process say counts a call later.
     """
     if accelerator.num_processes == 1:
         return list
     group = dist.new_group(backend="gloo")
+    if accelerator.steps_behind:
+        return _LateMaximum(group)
 
     def reduce(values):
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -57,6 +60,31 @@ def agree_max(accelerator):
         return tensor.tolist()
 
     return reduce
+
+
+class _LateMaximum:
+    """As agree_max; the main process, whose stage is ahead of the others', waits for what they said a call before.
+
+    To wait for what they say now would be a flush.
+
+    Args:
+        group: of all processes.
+    """
+
+    def __init__(self, group):
+        self._group, self._said = group, None  # work and tensor of the last call
+
+    def __call__(self, values):
+        own, is_main = torch.tensor(values, dtype=torch.float64), dist.get_rank() == 0
+        told = own.clone()
+        if is_main and self._said:
+            self._said[0].wait()
+            told = torch.maximum(own, self._said[1])
+        telling = dist.broadcast(told, 0, group=self._group, async_op=True)
+        if not is_main:
+            telling.wait()
+        self._said = dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._group, async_op=True), own
+        return told.tolist()
 
 
 def on_main(accelerator, function):

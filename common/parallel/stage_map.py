@@ -73,6 +73,38 @@ class StageMap:
                 f"--num_processes {self.processes}, or change the file"
             )
 
+    def check_copies(self):
+        """Refuse stages of which there are not equally many copies, or one stage alone.
+
+        Raises:
+            UserError: the message names the entry.
+        """
+        if len(self.ranks) == 1:
+            raise _fault(
+                self.path,
+                f"{MODULES} has one stage, which is data parallelism",
+                "drop the file, and choose accelerate_configs/ddp.yaml",
+            )
+        first, *others = (len(ranks) for ranks in self.ranks)
+        for stage, copies in enumerate(others, 1):
+            if copies != first:
+                raise _fault(
+                    self.path,
+                    f"{RANKS}['{stage}'] has {copies} rank(s), {RANKS}['0'] {first}",
+                    f"give each stage as many, and a slow one fewer modules in {MODULES}",
+                )
+
+    def check_warm_up(self):
+        """Refuse other warm-ups than those of the schedules: each stage is ahead by the number of those behind it.
+
+        Raises:
+            UserError: the message names the entry.
+        """
+        for stage, given in enumerate(self.warm_up or ()):
+            ahead = len(self.ranks) - 1 - stage
+            if given != ahead:
+                raise _fault(self.path, f"{DEPTHS}['{stage}'] {given}", f"give {ahead}, or leave {DEPTHS} out")
+
 
 def read_stage_map(path):
     """Read a conf.json of PipeDream.

@@ -1,9 +1,12 @@
 """Weights and optimizer state of a run in training, on disk and back, and the final weights as one dict.
 
 Under every strategy a checkpoint holds whole tensors under the names of the plain model, so that another strategy, or
-another number of processes, can continue from it.
+another number of processes, can continue from it. Where processes hold different tensors, each writes a file of its
+own, with Hugging Face's names for the parts of a large model, and from_pretrained puts them together.
 """
 
+import contextlib
+import json
 from pickle import UnpicklingError
 
 import torch
@@ -12,8 +15,9 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER = "optimizer.pt"
+OPTIMIZER_STATE = ("state", "previous")  # dicts by name, of which each part of a checkpoint has some
 
 
 def plain_model(model):
@@ -32,12 +36,18 @@ def save_training_state(accelerator, model, optimizer, folder):
         folder: Path that exists.
     """
     plain = _at_rest(accelerator, model)
-    save_weights(accelerator, model, folder / WEIGHTS)
+    number, parts = accelerator.checkpoint_part
+    if parts == 1:
+        save_weights(accelerator, model, folder / WEIGHTS)
+    else:
+        _save_part_of_weights(accelerator, plain, folder, number, parts)
     state = accelerator.states.whole_optimizer_state(optimizer.optimizer, _names(plain))
+    if number is not None:
+        torch.save(
+            {**state, "scaler": accelerator.loss_scale_state(optimizer)}, folder / _part(OPTIMIZER, number, parts)
+        )
     if accelerator.is_main_process:
         plain.config.save_pretrained(folder)  # so that from_pretrained can load it, too
-        scaler = accelerator.loss_scale_state(optimizer)
-        torch.save({**state, "scaler": scaler}, folder / OPTIMIZER)
 
 
 def load_training_state(accelerator, model, optimizer, folder):
@@ -49,7 +59,7 @@ def load_training_state(accelerator, model, optimizer, folder):
     plain, states = _at_rest(accelerator, model), accelerator.states
     load_weights(accelerator, model, folder / WEIGHTS)
     try:
-        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        state = _read_optimizer(folder)
     except UnpicklingError as error:
         raise UserError(
             f"{folder / OPTIMIZER}: this optimizer keeps more than tensors and numbers in its state, which is not "
@@ -68,12 +78,30 @@ def save_weights(accelerator, model, path):
 
 
 def load_weights(accelerator, model, path):
-    """Give a model the weights that save_weights wrote. Every process calls it."""
+    """Give a model the weights that save_weights wrote, or the parts of a checkpoint. Every process calls it."""
     plain = _at_rest(accelerator, model)
-    with safe_open(path, framework="pt") as file:
-        accelerator.states.set_whole_weights(plain, file.get_tensor)
+    with weights_reader(path) as read:
+        accelerator.states.set_whole_weights(plain, read)
         for name, buffer in _buffers(plain).items():
-            buffer.copy_(file.get_tensor(name))
+            buffer.copy_(read(name))
+
+
+@contextlib.contextmanager
+def weights_reader(path):
+    """A function of a name giving its tensor, of a file or of the parts that are there in its place.
+
+    Args:
+        path: Path of the file.
+    """
+    index = path.with_name(INDEX)
+    with contextlib.ExitStack() as stack:
+        if path.exists() or not index.exists():
+            yield stack.enter_context(safe_open(path, framework="pt")).get_tensor
+            return
+        places = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+        files = {name: stack.enter_context(safe_open(path.with_name(name), framework="pt")) for name in names}
+        yield lambda name: files[places[name]].get_tensor(name)
 
 
 def held_weights(accelerator, model):
@@ -88,9 +116,9 @@ def consolidated_weights(accelerator, model):
         dict of names of the plain model to tensors, as save_pretrained(state_dict=...) takes it.
     """
     plain = _at_rest(accelerator, model)
-    weights, names = _whole_weights(accelerator, plain), _names(plain)
-    every_name = plain.named_parameters(remove_duplicate=False)  # tied ones too
-    return weights | {name: weights[names[p]] for name, p in every_name} if accelerator.is_main_process else {}
+    weights, first_names = _whole_weights(accelerator, plain), accelerator.states.first_names(plain)
+    every = {name: weights[first] for name, first in first_names.items()} if weights else {}  # tied ones, too
+    return weights | every
 
 
 def bytes_per_rank(accelerator, model, optimizer):
@@ -121,6 +149,36 @@ def _whole_weights(accelerator, model):
         if accelerator.is_main_process:
             weights[name] = tensor
     return weights
+
+
+def _save_part_of_weights(accelerator, plain, folder, number, parts):
+    """Write what this process holds of the weights, and on the main process which part holds what."""
+    states, buffers = accelerator.states, _buffers(plain)
+    if number is not None:
+        weights = states.part_of_weights(plain) | (buffers if number == 0 else {})
+        save_file(weights, folder / _part(WEIGHTS, number, parts), metadata={"format": "pt"})
+    if accelerator.is_main_process:
+        places = dict.fromkeys(buffers, 0) | states.parts(plain)
+        index = {"metadata": {}, "weight_map": {name: _part(WEIGHTS, place, parts) for name, place in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _part(name, number, parts):
+    """The name of a part of a file, as Hugging Face's."""
+    stem, dot, kind = name.rpartition(".")
+    return name if parts == 1 else f"{stem}-{number + 1:05}-of-{parts:05}{dot}{kind}"
+
+
+def _read_optimizer(folder):
+    """The optimizer's state, put together of its parts; tensors stay in their files until they are looked at."""
+    stem, _, kind = OPTIMIZER.rpartition(".")
+    paths = sorted(folder.glob(f"{stem}-*-of-*.{kind}")) or [folder / OPTIMIZER]
+    first, *others = (torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths)
+    for other in others:
+        for key in OPTIMIZER_STATE:
+            first.setdefault(key, {}).update(other.get(key, {}))
+        first["param_groups"] += other["param_groups"]
+    return first
 
 
 def _names(model):

@@ -8,13 +8,15 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from common.errors import UserError
 from common.hardware import has_bf16
+from common.models.stages import check_stages
 from common.parallel.launch import check_launch, restarts
 from common.parallel.plain import PlainAccelerator
 from common.parallel.processes import meet_again
+from common.parallel.slicing import check_slices
 from common.parallel.watch import start_watch
 
 
-def make_accelerator(precision=None, tracker="none"):
+def make_accelerator(precision=None, tracker="none", pipeline_config=None):
     """Build the accelerator that the launcher asked for, and refuse one that differs from what it asked.
 
     Args:
@@ -25,7 +27,7 @@ def make_accelerator(precision=None, tracker="none"):
     Raises:
         UserError: processes that do not see each other, and what check_launch raises.
     """
-    launch = check_launch(precision, tracker)
+    launch = check_launch(precision, tracker, pipeline_config=pipeline_config)
     if launch.world == 1 and launch.engine == "plain":  # a group of one: nothing to wrap, nothing to wait for
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
@@ -62,7 +64,7 @@ def make_accelerator(precision=None, tracker="none"):
             f"accelerate launch --mixed_precision {accelerator.mixed_precision}"
         )
     if launch.world > 1:
-        start_watch(accelerator.process_index, launch.world)
+        start_watch(accelerator.process_index, launch.world, accelerator.place_of)
     return accelerator
 
 
@@ -79,12 +81,33 @@ def _accelerator_class(launch):
         from common.parallel.sharded import ShardedAccelerator
 
         return ShardedAccelerator
+    if launch.engine == "pipeline":
+        from common.parallel.pipeline import PipelineAccelerator
+
+        return PipelineAccelerator
     return PlainAccelerator
+
+
+def check_cut(config, launch):
+    """Refuse a model that the launcher's YAML asks to cut in vain.
+
+    Args:
+        config: transformers configuration; launch: as check_launch returns it.
+    Raises:
+        UserError: a family that cannot be cut so, or a shape.
+    """
+    check_slices(config, launch.sizes.slices)
+    check_stages(config, launch.pipe)
 
 
 def loader(accelerator):
     """How models with weights are to be loaded: as accelerator.load_pretrained of common.parallel.plain."""
     return accelerator.load_pretrained
+
+
+def builder(accelerator):
+    """How models with random weights are to be built: as accelerator.build of common.parallel.plain."""
+    return accelerator.build
 
 
 def set_batch(accelerator, per_device, accumulation, max_grad_norm):

@@ -59,6 +59,12 @@ def rest(model):
             module.reshard()
 
 
+def first_names(model):
+    """The first name of each name of a parameter; tied ones have several."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    return {name: first[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
 def whole_weights(model):
     """Yield (name, whole tensor) of every parameter. Every process iterates."""
     for name, parameter in model.named_parameters():

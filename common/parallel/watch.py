@@ -30,16 +30,17 @@ SOCKET_OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP
 _watch = None  # of this process, if it is one of several
 
 
-def start_watch(rank, world):
+def start_watch(rank, world, place_of):
     """Connect this process to the others. Every process calls it.
 
     Args:
         rank, world: int, number of this process and of processes.
+        place_of: function of a number giving what else people call that process, with a space before, or nothing.
     Raises:
         UserError: the main process cannot be reached on a port of its choice.
     """
     global _watch
-    _watch = Watch(rank, world)
+    _watch = Watch(rank, world, place_of)
 
 
 def stop_watch():
@@ -65,11 +66,11 @@ class Watch:
     """The connections of this process: the main one's to all others, the others' to the main one.
 
     Args:
-        rank, world: int, number of this process and of processes.
+        rank, world, place_of: as start_watch.
     """
 
-    def __init__(self, rank, world):
-        self._rank, self._world = rank, world
+    def __init__(self, rank, world, place_of):
+        self._rank, self._world, self.place_of = rank, world, place_of
         self._lost, self._known, self._over = None, threading.Event(), False
         self._connections = _accept(world) if rank == 0 else _connect(rank)
         threading.Thread(target=self._look, daemon=True).start()
@@ -171,7 +172,7 @@ def _receive(connection):
 
 
 def _end(rank, world, lost, detail=""):
-    who = "another process" if lost is None else f"process {lost}"
+    who = "another process" if lost is None else f"process {lost}{_watch.place_of(lost)}"
     with suppress(OSError):
         sys.stdout.flush()
         print(

@@ -27,6 +27,7 @@ from common.parallel.extensions import build_extension
 from common.parallel.launch import check_optimizer
 from common.parallel.parts import fill_in_turn, load_parts
 from common.parallel.plain import PlainAccelerator
+from common.parallel.tensors import first_names as first_names  # one of the states
 from common.parallel.tensors import follow, saved_settings
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -47,7 +48,7 @@ class ZeroAccelerator(PlainAccelerator):
         UserError: an extension that cannot be built.
     """
 
-    compiles = tries_batches = False  # its backward pass makes the update, too
+    compiles = tries_batches = False  # the backward pass makes the update, too
 
     def __init__(self, launch, **settings):
         self.states = sys.modules[__name__]

@@ -29,6 +29,7 @@ from common.memory import GB, MOMENTS, loss_bytes
 from common.memory_plan import aligned
 
 SCHEDULES = ("2bw", "1f1b", "gpipe", "none")
+FILLED = ("2bw", "1f1b")  # which need as many micro-batches as stages
 NEIGHBOURS = ("stages", "copies")  # whose ranks follow each other, and so share a machine
 RUNNERS_UP = 9
 
@@ -80,7 +81,7 @@ def candidates(workload, hardware, devices, batch, schedules=SCHEDULES, most_row
         for rows in (rows for rows in powers_of_two(most_rows or of_copy) if of_copy % rows == 0):
             micro_batches = of_copy // rows
             for recompute in (False, True):
-                names = [name for name in schedules if name != "2bw" or micro_batches >= depth]
+                names = [name for name in schedules if name not in FILLED or micro_batches >= depth]
                 for name in names if depth > 1 else ["data parallel"]:
                     shape = name, depth, width, rows, micro_batches, recompute, neighbours
                     found.append(predict(replace(workload, rows=rows), model, hardware, *shape))

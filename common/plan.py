@@ -5,6 +5,7 @@ python -m common.plan model devices [memory-per-device-GB] [batch] [seq] [flags]
 
 import math
 import re
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from datetime import date
@@ -21,8 +22,10 @@ from common.memory_plan import format_plan, planned
 from common.models.families import FAMILIES
 from common.models.mlm import LEAST_POSITIONS
 from common.models.presets import MEGATRON_SIZES, MODEL_SIZES, OPT_ALIASES, OPT_SIZES, model_shape, opt_shape
+from common.models.stages import check_family
 from common.pipeline_plan import NEIGHBOURS, SCHEDULES, best_of_each, candidates, format_pipelines
-from common.profile import profile
+from common.pipeline_runs import MEASURED_RUNS, format_command, format_measured, measure
+from common.profile import devices_here, profile
 
 BATCH, LENGTH = 16, 1024  # rows and tokens, where nothing is said: run_clm.sh's
 VOCABULARY, MASKED = 8192, 0.4  # run_pretraining.py's, of the tokenizer that it trains and of masked positions
@@ -41,6 +44,10 @@ class PlanArguments:
         default=MEASURED, help="Hardware table (YAML) that speeds are predicted by; --profile writes it."
     )
     profile: bool = HfArg(default=False, help="Measure this machine with the model, and write the hardware table.")
+    verify: bool = HfArg(
+        default=False, help="Run the three fastest on this machine, and set measured beside predicted."
+    )
+    train_file: str | None = HfArg(default=None, help="Text for --verify (default: the embedded corpus).")
     schedule: str | None = HfArg(default=None, help=f"One schedule alone: {', '.join(SCHEDULES)} (default: all).")
     neighbours: str = HfArg(
         default="stages",
@@ -58,6 +65,10 @@ def main(words=None):
         one_of("schedule", args.schedule, list(SCHEDULES))
     one_of("neighbours", args.neighbours, list(NEIGHBOURS))
     of_speed = args.train_batch_size or args.profile
+    if args.verify and not args.train_batch_size:
+        raise UserError("--verify needs --train_batch_size: rows of an optimizer step over all devices")
+    if args.train_file and not args.verify:
+        raise UserError("--train_file is for --verify, which alone trains: add it, or drop the flag")
     if not (2 if of_speed else 3) <= len(positional) <= 5:
         raise UserError(
             f"{len(positional)} arguments before the flags: give model, devices and memory-per-device, then batch and "
@@ -80,25 +91,37 @@ def main(words=None):
         write_hardware(hardware, args.hardware, said)
         print(f"{args.hardware}:\n" + open(args.hardware, encoding="utf-8").read(), end="")
     if args.train_batch_size:
-        print(pipelines(model, workload, read_hardware(args.hardware), memory, args, most))
+        plan_pipelines(model, workload, command, memory, args, most)
 
 
-def pipelines(model, workload, hardware, memory, args, most_rows):
-    """The fastest pipelines, as lines to print.
+def plan_pipelines(model, workload, command, memory, args, most_rows):
+    """Print the fastest pipelines, with the command of the first; with --verify, run three.
 
     Args:
-        model: its name; workload: with the number of devices as `ranks`; hardware: Hardware; memory: GB of a device,
-            or None for the table's; args: PlanArguments; most_rows: of a micro-batch, or None.
-    Returns:
-        str of several lines.
+        model: its name; workload: with the number of devices as `ranks`; command: script and flags, as describe() gave
+            them; memory: GB of a device, or None for the table's; args: PlanArguments; most_rows: of a micro-batch, or
+            None.
     Raises:
-        UserError: nothing fits, or cannot be predicted.
+        UserError: nothing fits, or cannot be predicted or run.
     """
-    devices, batch, memory = workload.ranks, args.train_batch_size, GB * (memory or hardware.memory)
+    hardware, devices, batch = read_hardware(args.hardware), workload.ranks, args.train_batch_size
+    check_family(workload.config)
+    if args.verify and devices > devices_here():
+        raise UserError(
+            f"--verify: this machine has {devices_here()} device(s), the plan is for {devices}: plan for fewer"
+        )
+    memory = GB * (memory or hardware.memory)
     workload = replace(workload, ranks=1, precision=hardware.precision)
     schedules = [args.schedule] if args.schedule else SCHEDULES
     plans = candidates(workload, hardware, devices, batch, schedules, most_rows, args.neighbours)
-    return format_pipelines(best_of_each(plans, memory), model, batch, hardware, memory)
+    best = best_of_each(plans, memory)
+    print(format_pipelines(best, model, batch, hardware, memory))
+    print(format_command(best[0], command, hardware, args.neighbours), flush=True)
+    if args.verify:
+        text = ["--train_file", args.train_file] if args.train_file else []
+        first = best[:MEASURED_RUNS]
+        found = [measure(plan, number, command, hardware, text) for number, plan in enumerate(first, 1)]
+        print(format_measured(first, found))
 
 
 def describe(model, batch, length):
@@ -124,7 +147,7 @@ def describe(model, batch, length):
             named = f"--model_type megatron-bert --model_size {model} --tokenizer_name bert-large-uncased"
             config = MegatronBertConfig(**shape)
     else:
-        config, named = _load(model), f"--model_name_or_path {model}"
+        config, named = _load(model), f"--model_name_or_path {shlex.quote(model)}"
     positions = getattr(config, "max_position_embeddings", None) or LENGTH
     length = length or min(LENGTH, positions)
     if length > positions:

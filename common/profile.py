@@ -27,9 +27,8 @@ def profile(workload):
     Returns:
         Hardware; on a CPU a device is a core. `near` is None where there is one device, `far` always.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus, devices = torch.cuda.is_available(), devices_here()
     device = torch.device("cuda" if gpus else "cpu")
-    devices = gpus or len(os.sched_getaffinity(0))
     precision = "bf16" if has_bf16(device.type) else "fp32"
     threads = torch.get_num_threads()
     if not gpus:
@@ -47,6 +46,11 @@ def profile(workload):
         near=send_bandwidth(device.type) if devices > 1 else None,
         precision=precision,
     )
+
+
+def devices_here():
+    """How many devices this machine has: GPUs, or cores of a CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def layer_seconds(workload, device, precision, rows):

@@ -10,9 +10,11 @@
 #   batch               sequences a process sees at once (default: 16); in a plan of pipelines the most that it may
 #   seq                 tokens in a sequence             (default: 1024, or the model's positions where these are fewer)
 #   --train_batch_size N   sequences in an optimizer step over all devices: which depth, width, micro-batch, accumulation
-#                          and recomputation are fastest
+#                          and recomputation are fastest, and the command of the fastest
 #   --hardware FILE        compute, memory and bandwidths, a YAML as in configs/hardware (default: what --profile wrote)
 #   --profile              measure this machine with the model, half a minute, and write runs/cache/hardware.yaml or FILE
+#   --verify               run the three fastest plans on this machine, ten steps each; measured beside predicted
+#   --train_file FILE      their text (default: the embedded corpus)
 #   --schedule S           2bw, 1f1b, gpipe or none (one stage works at a time) alone
 #   --neighbours W         who share a machine: stages of a pipeline (default), or copies of a stage, as in PipeDream
 set -euo pipefail

@@ -1,5 +1,6 @@
 """The planner of pipelines: its formulae against a simulated schedule, its memory by hand, published speed-ups."""
 
+import json
 import random
 import re
 import shlex
@@ -7,12 +8,16 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from transformers import BertConfig
 
+from common.arguments import parse_pretraining_arguments
 from common.errors import UserError
 from common.hardware_table import Hardware, read_hardware, write_hardware
 from common.memory import GB, Workload
 from common.models.footprint import ready_step
+from common.parallel import check_micro_batches, launched_data_ranks
+from common.parallel.launch import launched_pipe
 from common.pipeline_plan import (
     SCHEDULES,
     bandwidths,
@@ -22,8 +27,9 @@ from common.pipeline_plan import (
     stage_bytes,
     stage_parameters,
 )
+from common.pipeline_runs import format_command, measure
 from common.plan import describe, main
-from common.profile import fitted_line, loss_of
+from common.profile import devices_here, fitted_line, loss_of
 from harness import REPOSITORY
 
 HARDWARE = Hardware(
@@ -235,7 +241,7 @@ def test_neighbours_on_one_machine_send_faster():
         candidates(WORKLOAD, replace(HARDWARE, near=None), 4, 64)
 
 
-def test_every_shape_is_there_once_and_2bw_only_with_enough_micro_batches():
+def test_every_shape_is_there_once_and_2bw_and_1f1b_only_with_enough_micro_batches():
     plans = candidates(WORKLOAD, HARDWARE, 8, 64)
     shapes = [(plan.schedule, plan.depth, plan.width, plan.rows, plan.micro_batches, plan.recompute) for plan in plans]
     assert len(set(shapes)) == len(shapes)
@@ -245,7 +251,7 @@ def test_every_shape_is_there_once_and_2bw_only_with_enough_micro_batches():
         for rows in (1, 2, 4, 8, 16, 32, 64):
             m = 64 // copies // rows
             for schedule in ("2bw", "1f1b", "gpipe", "none") if depth > 1 else ("data parallel",):
-                if m and not (schedule == "2bw" and m < depth):
+                if m and not (schedule in ("2bw", "1f1b") and m < depth):
                     expected |= {(schedule, depth, copies, rows, m, recompute) for recompute in (False, True)}
     assert set(shapes) == expected
     assert [plan.rows_per_second for plan in plans] == sorted((plan.rows_per_second for plan in plans), reverse=True)
@@ -410,6 +416,82 @@ def test_what_is_timed_is_a_training_step():
         assert len(layers) == 6 and all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in layers)
 
 
+# ---- From the plan to runs ------------------------------------------------------------------------------------
+
+
+def read_command(line, monkeypatch):
+    """What accelerate, and the script that it starts, make of a command. Returns: (launcher's, script's arguments)."""
+    words = shlex.split(line.replace("--machine_rank K", "--machine_rank 0"))
+    launcher = launch_command_parser().parse_args(words[2:])
+    monkeypatch.setenv("WORLD_SIZE", str(launcher.num_processes))
+    monkeypatch.setenv("ROLE_NAME", launcher.role)
+    assert words[:2] == ["accelerate", "launch"] and (REPOSITORY / launcher.config_file).is_file()
+    return launcher, parse_pretraining_arguments(launcher.training_script_args)[2]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_command_runs_its_plan(monkeypatch, devices):
+    plans = candidates(WORKLOAD, HARDWARE, devices, 64)
+    for plan in random.Random(0).sample(plans, 20):
+        line = format_command(plan, "run_pretraining.py --model_size tiny", HARDWARE, "stages").splitlines()[1]
+        launcher, args = read_command(line, monkeypatch)
+        ranks, pipe = launched_data_ranks(), launched_pipe()
+        per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
+        check_micro_batches(pipe, per_device, accumulation)
+        assert launcher.num_processes == devices and launcher.mixed_precision == "bf16" and ranks == plan.width
+        assert ranks * per_device * accumulation == 64 and per_device // pipe.micro_batches == plan.rows
+        assert pipe.stages == plan.depth and args.gradient_checkpointing == plan.recompute
+        assert (accumulation == 1) == (plan.schedule in ("2bw", "1f1b", "gpipe") or plan.micro_batches == 1)
+        schedule = {"none": "gpipe", "data parallel": "none"}.get(plan.schedule, plan.schedule)
+        assert pipe.schedule == schedule and launcher.config_file.endswith(
+            "ddp.yaml" if plan.depth == 1 else f"pipeline_{schedule}.yaml"
+        )
+
+
+def test_the_command_for_several_machines_and_their_ranks(monkeypatch, tmp_path):
+    """Two machines of four devices; where a stage's copies are neighbours, its ranks are PipeDream's."""
+    plan = found("2bw", 4, 2, recompute=False)
+    said, line = format_command(plan, "run_pretraining.py", HARDWARE, "stages").splitlines()
+    launcher, _ = read_command(line, monkeypatch)
+    assert "on each machine" in said and (launcher.num_machines, launcher.num_processes) == (2, 8)
+    _, line, said, conf = format_command(plan, "run_pretraining.py", HARDWARE, "copies").splitlines()
+    _, args = read_command(line, monkeypatch)
+    (tmp_path / args.pipeline_config).write_text(conf)
+    pipe = launched_pipe(tmp_path / args.pipeline_config)
+    assert said == "with conf.json:" and pipe.stage_map.ranks == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert (pipe.stages, pipe.micro_batches) == (4, plan.micro_batches) and pipe.layers(8)[3] == range(6, 8)
+
+
+def test_the_first_plans_are_run(harness, tiny_corpus, tmp_path):
+    """As users start it; on two cores, with the tiny model."""
+    if devices_here() < 2:
+        pytest.skip("a machine with one device")
+    (tmp_path / "hardware.yaml").write_text((REPOSITORY / V100).read_text().replace("bf16", "fp32"))
+    words = ["tiny", 2, 4, 8, 32, "--train_batch_size", 16, "--schedule", "2bw", "--hardware", "hardware.yaml"]
+    script = REPOSITORY / "scripts/plan.sh"
+    ran = harness.command("bash", script, *words, "--verify", "--train_file", tiny_corpus, cwd=tmp_path).check()
+    plan, measured = ran.stdout.split("measured over 10 steps")
+    assert "accelerate launch --config_file accelerate_configs/" in plan
+    predicted = [line.split() for line in plan.splitlines() if re.match("  (2bw|data)", line)]
+    rows = [line.split() for line in measured.splitlines() if re.match("  (2bw|data)", line)]
+    assert [row[0] for row in rows] == [row[0] for row in predicted] and {row[0] for row in rows} == {"2bw", "data"}
+    for number, row in enumerate(rows, 1):
+        (results,) = tmp_path.glob(f"runs/plan/{number}_*/run/all_results.json")
+        found = json.loads(results.read_text())
+        assert found["world_size"] == 2 and found["precision"] == "fp32" and found["train_steps"] == 15
+        assert f"{found['samples_per_second']:,.1f}" in row and f"{found['peak_memory_bytes'] / GB:.2f}" == row[-1]
+        if row[0] == "2bw":
+            assert "PipeDream-2BW, 2 stages" in found["strategy"] and f"{found['bubble_share']:.0%}" in row
+
+
+def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (plan,) = (p for p in candidates(WORKLOAD, HARDWARE, 1, 2, most_rows=2) if p.rows == 2 and not p.recompute)
+    with pytest.raises(UserError, match="1_data_parallel_1x1/log.txt ended with code .*no.txt") as caught:
+        measure(plan, 1, "run_pretraining.py --model_size tiny", HARDWARE, ["--train_file", "no.txt"])
+    assert "\n" not in str(caught.value)
+
+
 # ---- The script -----------------------------------------------------------------------------------------------
 
 
@@ -421,8 +503,9 @@ def test_this_machine_is_measured_and_planned_with(harness, tmp_path):
     assert hardware.far is None and hardware.memory > 0.1 and hardware.flops > 1e6
     assert (hardware.near is None) == (hardware.devices_per_machine == 1)
     assert path.read_text() in ran.stdout
-    table = [line.split() for line in ran.stdout.splitlines() if line.startswith("  ")]
-    assert {row[0] for row in table[1:]} <= {"1f1b", "data"} and len(table) == 3
+    _, *table, command = [line.split() for line in ran.stdout.splitlines() if line.startswith("  ")]
+    assert {row[0] for row in table} <= {"1f1b", "data"} and len(table) == 2
+    assert command[:2] == ["accelerate", "launch"]
 
 
 @pytest.mark.parametrize(
@@ -434,6 +517,12 @@ def test_this_machine_is_measured_and_planned_with(harness, tmp_path):
         (["125m", 2, "--profile", "--neighbours", "all"], "--neighbours all is unknown: choose one of stages, copies"),
         (["125m", "--train_batch_size", 8], "1 arguments before the flags"),
         (["125m", 2, "--schedule", "2bw"], "2 arguments before the flags"),
+        (["125m", 2, "--profile", "--verify"], "--verify needs --train_batch_size"),
+        (["125m", 2, 8, "--train_file", "a.txt"], "--train_file is for --verify"),
+        (
+            ["tiny", 999, "--verify", "--train_batch_size", 8, "--hardware", REPOSITORY / V100],
+            "--verify: this machine",
+        ),
         (["13b", 2, 1, "--train_batch_size", 8, "--hardware", REPOSITORY / V100], "no pipeline of 13b fits 1 GB"),
         (["125m", 2, "--train_batch", 8], "unknown argument --train_batch: did you mean --train_batch_size?"),
     ],

@@ -31,6 +31,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.bench_loss_memory
 	$(PYTHON) -m benchmarks.bench_optimizers
 	$(PYTHON) -m benchmarks.bench_memory
+	$(PYTHON) -m benchmarks.bench_pipeline --loss_steps 300
 	$(PYTHON) -m benchmarks.bench_offload
 	$(PYTHON) -m benchmarks.bench_time_to_loss
 

@@ -78,7 +78,7 @@ def causal_flops(model, seq_length):
     return lambda _, tokens, layer_passes=3: tokens * (layer_passes * 2 * layers + 6 * of_head)
 
 
-def matmul_peak(device, precision, seconds=0.3):
+def matmul_peak(device, precision, seconds=0.1):
     """Best rate of a square matrix product on this device, in FLOP/s, measured now.
 
     Args:

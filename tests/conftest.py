@@ -7,7 +7,9 @@ from pydoc_data.topics import topics
 import pytest
 import strategy_table
 
-from harness import REPOSITORY, Harness
+from harness import OFFLINE, REPOSITORY, Harness
+
+os.environ.update(OFFLINE)  # here too, before a library reads it: a name that is not there is not asked for
 
 DATA_FOLDER = Path(os.environ.get("FRUGAL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 DATA_ABSENT = "real test data is absent"

@@ -1,9 +1,10 @@
 """Run the real entry scripts as processes of their own, quickly.
 
-`run`, `start`, `launch` and `start_ranks` fork a warm parent that has imported the libraries (harness_server.py), so a
-process costs milliseconds instead of many seconds. `command` and `accelerate_launch` start real commands, for what a
-fork cannot show: what happens at import (HF_* and PYTHON* variables) and at the very end of a process, the launcher
-itself, another hash seed (forks share their parent's, so an order that depends on it looks fixed).
+`run`, `start`, `launch` and `start_ranks` fork a warm parent that has imported the scripts and their libraries
+(harness_server.py), so a process costs milliseconds instead of many seconds. `command` and `accelerate_launch` start
+real commands, for what a fork cannot show: what happens at import (HF_* and PYTHON* variables, what a library prints)
+and at the very end of a process, the launcher itself, another hash seed (forks share their parent's, so an order that
+depends on it looks fixed).
 """
 
 import json
@@ -148,13 +149,18 @@ def wait_all(processes, timeout=300):
         if late:
             tails = "\n".join(process.tail() for process in processes)
             pytest.fail(f"{processes[0].name}: still running after {timeout} s, killed\n{tails}")
-        time.sleep(0.005)
+        time.sleep(0.02)  # each look asks the server, which takes time from what runs
 
 
 class Harness:
-    """Starts processes; one object for each pytest worker, made by the `harness` fixture."""
+    """Starts processes; one object for each pytest worker, made by the `harness` fixture.
 
-    def __init__(self):
+    Args:
+        imports: modules that the warm parent is to import besides.
+    """
+
+    def __init__(self, *imports):
+        self._imports = imports
         self._folder = Path(tempfile.mkdtemp(prefix="frugal-tests-"))
         self._server, self._count, self._started = None, 0, []
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # tests run in a background job: children inherit it
@@ -286,13 +292,16 @@ class Harness:
     def _start_server(self):
         with open(self._folder / "server.log", "w") as log:
             self._server = subprocess.Popen(
-                [sys.executable, TESTS / "harness_server.py"],
+                [sys.executable, TESTS / "harness_server.py", *self._imports],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # NVML counts devices without starting CUDA, which would not survive a fork
-                env=environment(MPLBACKEND="Agg", PYTORCH_NVML_BASED_CUDA_CHECK="1"),
+                env=environment(
+                    MPLBACKEND="Agg",
+                    PYTORCH_NVML_BASED_CUDA_CHECK="1",  # which does not start CUDA: it would not survive a fork
+                    JE_ARROW_MALLOC_CONF="background_thread:false",  # nor would a thread of pyarrow's
+                ),
                 start_new_session=True,  # Ctrl-C is for pytest, which then closes the server's stdin
             )
 

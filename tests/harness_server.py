@@ -11,6 +11,7 @@ ten times as much as all the rest. What may happen there is seen by harness.comm
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -19,33 +20,45 @@ import types
 
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of Linux
+# The scripts, and what they import when they need it.
+SCRIPTS = ("run_clm", "run_glue", "run_pretraining", "prepare_pile_data")
+SCRIPTS += ("common.metrics", "common.parallel.pipeline", "common.parallel.sharded")
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 exit_code = None  # of the script in this fork, once it has ended; None where Python is to end in its own way
 
 
-def import_libraries():
-    """Import what the entry scripts need; no pyarrow (so no datasets, pandas), which starts a thread."""
-    import accelerate  # noqa: F401
+def import_libraries(others):
+    """Import the entry scripts with all that they need, what they import when they need it, and others by name."""
     import accelerate.commands.launch  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import tokenizers  # noqa: F401
     import torch
     import torch._dynamo  # the first optimizer step imports it
+    import torch.distributed.run
     import transformers
 
+    sys.path[0] = REPOSITORY  # each fork puts the folder of its script there
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    if not torch.cuda.is_available():  # with a GPU, a fork that uses it and one that does not need different ones
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        importlib.import_module("common.parallel.zero")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch's compiler
+
     for name in (
+        "AutoModelForCausalLM",
         "AutoModelForMaskedLM",
+        "AutoModelForSequenceClassification",
         "AutoTokenizer",
-        "BertForMaskedLM",
         "BertTokenizerFast",
         "FillMaskPipeline",
-        "HfArgumentParser",
-        "MegatronBertForMaskedLM",
+        "OPTForCausalLM",
         "PreTrainedTokenizerFast",
     ):
         getattr(transformers, name)  # transformers imports its modules at their first use
+    for name in others:
+        importlib.import_module(name)
 
     threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
     if threads != 1 or torch.cuda.is_initialized():
@@ -147,7 +160,7 @@ if __name__ == "__main__":
     atexit.register(skip_destruction)
     answers = os.fdopen(os.dup(1), "w")  # os.dup makes it private to this process and its forks
     os.dup2(2, 1)  # what an import prints goes to the log, not among the answers
-    import_libraries()
+    import_libraries(sys.argv[1:])
     gc.collect()
     gc.freeze()  # forks share these objects' memory as long as the collector does not write to them
     sys.stdout.flush()

@@ -111,8 +111,7 @@ def test_a_configuration_that_cannot_be_trained(bert_config, changes, words, exp
         parse(f"--config_name {bert_config(**changes)} {words}")
 
 
-def test_a_configuration_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_configuration_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=f"--config_name {tmp_path}/no.json cannot be read"):
         parse(f"--config_name {tmp_path}/no.json")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import string
 
 import pytest
@@ -202,10 +203,17 @@ def test_places_where_nothing_can_be_written(harness, tiny_corpus, cache, place)
     refuse(harness, small_run(tiny_corpus, cache, place, steps=2), place)
 
 
+@pytest.fixture(scope="module")
+def finished(harness, tiny_corpus, cache, tmp_path_factory):
+    """The folder of a run of one step."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    harness.run(*small_run(tiny_corpus, cache, out, steps=1)).check()
+    return out
+
+
 @pytest.mark.parametrize("fault", ["no weights", "truncated weights", "other task"])
-def test_weights_that_are_damaged(harness, tiny_corpus, cache, tmp_path, out, fault):
-    donor = tmp_path / "donor"
-    harness.run(*small_run(tiny_corpus, cache, donor, steps=1)).check()
+def test_weights_that_are_damaged(harness, finished, tiny_corpus, cache, tmp_path, out, fault):
+    donor = shutil.copytree(finished, tmp_path / "donor")
     file = donor / "model.safetensors"
     if fault == "no weights":
         file.unlink()

@@ -10,7 +10,7 @@ from causal import OVERRIDES, causal_run, plain_blocks, plain_perplexity
 from common.data.batches import NextToken, TrainBatches
 from pretraining import losses, results
 
-STEPS, BATCH, SEED = 30, 8, 42
+STEPS, BATCH, SEED = 30, 4, 42
 EXAMPLE = ["--weight_decay", 0, "--max_grad_norm", 0, "--lr_scheduler_type", "linear"]
 
 
@@ -65,14 +65,14 @@ def test_as_the_example_on_tiny_corpus(harness, tiny_corpus, tmp_path, out):
     """With a learning rate at which the loss falls far in as many steps."""
     lines = tiny_corpus.read_text().splitlines(keepends=True)
     train, held_out = tmp_path / "train.txt", tmp_path / "held_out.txt"
-    train.write_text("".join(lines[:120]))
-    held_out.write_text("\n".join(lines[120:150]))  # with empty lines
+    train.write_text("".join(lines[:50]))
+    held_out.write_text("\n".join(lines[50:80]))  # with empty lines
     compare(harness, train, held_out, tmp_path / "cache", out, learning_rate=3e-3, least_fall=0.5)
 
 
 @pytest.mark.slow
 def test_as_the_example_on_wikitext(harness, data_folder, tmp_path, out):
-    train = first_lines(data_folder / "wikitext-2" / "train.txt", 200, tmp_path / "train.txt")
-    held_out = first_lines(data_folder / "wikitext-2" / "test.txt", 300, tmp_path / "held_out.txt")
+    train = first_lines(data_folder / "wikitext-2" / "train.txt", 90, tmp_path / "train.txt")
+    held_out = first_lines(data_folder / "wikitext-2" / "test.txt", 100, tmp_path / "held_out.txt")
     tokenizer = ["--tokenizer_name", data_folder / "vocab" / "opt"]
     compare(harness, train, held_out, tmp_path / "cache", out, *tokenizer, learning_rate=5e-5, least_fall=0.003)

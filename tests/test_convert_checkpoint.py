@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from causal import causal_run
 from common.checkpoint import latest_checkpoint
-from common.convert_checkpoint import convert, find_checkpoint
-from common.errors import UserError
+from common.convert_checkpoint import convert, find_checkpoint, main
+from common.errors import UserError, run_main
 from pretraining import fp32_copy, small_run, weights
 
 ENVIRONMENT = {"FRUGAL_VENV": str(Path(sys.executable).parent.parent)}
@@ -43,14 +43,18 @@ def assert_same_model(auto, converted, run):
     assert mine.keys() == yours.keys() and all(mine[name].equal(yours[name]) for name in mine)
 
 
-def test_the_script_makes_a_folder_with_the_final_weights(harness, runs, tmp_path):
+def test_the_script_makes_a_folder_with_the_final_weights(harness, runs, tmp_path, monkeypatch, capsys):
     run, out = runs / "fsdp", tmp_path / "model"
     result = harness.command("bash", "scripts/convert_checkpoint.sh", run, out, env=ENVIRONMENT).check()
     assert str(latest_checkpoint(run)) in result.stdout and "note" not in result.stdout
     assert_same_model(AutoModelForMaskedLM, out, run)
     assert AutoTokenizer.from_pretrained(out)("a word") == AutoTokenizer.from_pretrained(run)("a word")
-    again = harness.command("bash", "scripts/convert_checkpoint.sh", run, out, env=ENVIRONMENT).check(2)
-    assert again.stderr == f"error: {out} is there already: name a new folder, or an empty one\n"
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint", str(run), str(out)])
+    capsys.readouterr()  # what transformers has shown so far
+    with pytest.raises(SystemExit) as again:
+        run_main(main)
+    assert again.value.code == 2
+    assert capsys.readouterr().err == f"error: {out} is there already: name a new folder, or an empty one\n"
 
 
 def test_large_weights_are_cut_into_shards(runs, tmp_path):

@@ -1,6 +1,7 @@
 """docs/custom_optimizer.md, as it stands: its file, alone and under strategies that cut tensors."""
 
 import re
+from functools import partial
 
 import pytest
 
@@ -12,17 +13,26 @@ UPDATE = 'p.sub_(group["lr"] * (state["momentum"] / group["scale"]).tanh())'
 WHOLE = 'p.sub_(group["lr"] * state["momentum"] / state["momentum"].norm())'
 
 
+def write_own(folder, old="", new=""):
+    """The page's file with a change. Returns: its Path."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    assert old in code and len(code.strip().splitlines()) <= 30
+    (folder / "mine.py").write_text(code.replace(old, new) if old else code)
+    return folder / "mine.py"
+
+
 @pytest.fixture
 def own_file(tmp_path):
     """A function of a change to the page's file, giving its path."""
+    return partial(write_own, tmp_path)
 
-    def write(old="", new=""):
-        code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
-        assert old in code and len(code.strip().splitlines()) <= 30
-        (tmp_path / "mine.py").write_text(code.replace(old, new) if old else code)
-        return tmp_path / "mine.py"
 
-    return write
+@pytest.fixture(scope="module")
+def run_alone(harness, tiny_corpus, cache, tmp_path_factory):
+    """The folder of a run with the page's file as it is, on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    harness.run(*run(write_own(folder), tiny_corpus, cache, folder / "run")).check()
+    return folder / "run"
 
 
 def run(path, corpus, cache, out, *flags):
@@ -40,12 +50,10 @@ def launched(harness, name, tmp_path, words):
 @pytest.mark.parametrize(
     "name", ["ddp", "fsdp", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero2", "zero3"))]
 )
-def test_the_pages_file_trains_under_a_yaml_as_alone(harness, own_file, tiny_corpus, cache, tmp_path, name):
-    path = own_file()
-    harness.run(*run(path, tiny_corpus, cache, tmp_path / "alone")).check()
-    for rank in launched(harness, name, tmp_path, run(path, tiny_corpus, cache, tmp_path / "cut")):
+def test_the_pages_file_trains_under_a_yaml_as_alone(harness, run_alone, own_file, tiny_corpus, cache, tmp_path, name):
+    for rank in launched(harness, name, tmp_path, run(own_file(), tiny_corpus, cache, tmp_path / "cut")):
         rank.check()
-    alone, cut = losses(tmp_path / "alone"), losses(tmp_path / "cut")
+    alone, cut = losses(run_alone), losses(tmp_path / "cut")
     assert len(alone) == 20 and results(tmp_path / "cut")["world_size"] == 2
     assert sum(alone[step] for step in range(16, 21)) < sum(alone[step] for step in range(1, 6)) - 0.5
     assert cut == pytest.approx(alone, abs=1e-5)

@@ -289,26 +289,34 @@ def test_killed_and_continued(harness, whole, tiny_corpus, cache, out):
     assert all(mine[name].equal(theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("config", ["cpu", "ddp", "fsdp", "zero2"])
-def test_two_processes_equal_one(harness, tiny_corpus, cache, tmp_path, shows, config):
-    """Whoever computes a row draws the same for it, so that the micro-batches may be cut differently."""
+def without_dropout(corpus, cache, out, rows):
     flags = [*ELECTRA, "--optimizer_type", "adamw", "--learning_rate", 1e-3, "--max_grad_norm", 0.2]
-    one, two = (
-        small_run(tiny_corpus, cache, tmp_path / str(rows), *flags, "--per_device_train_batch_size", rows, steps=20)
-        for rows in (8, 4)
-    )
-    harness.run(*one).check()
+    return small_run(corpus, cache, out, *flags, "--per_device_train_batch_size", rows, steps=20)
+
+
+@pytest.fixture(scope="module")
+def on_one_process(harness, tiny_corpus, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    harness.run(*without_dropout(tiny_corpus, cache, out, 8)).check()
+    return out
+
+
+@pytest.mark.parametrize("config", ["cpu", "ddp", "fsdp", "zero2"])
+def test_two_processes_equal_one(harness, on_one_process, tiny_corpus, cache, tmp_path, shows, config):
+    """Whoever computes a row draws the same for it, so that the micro-batches may be cut differently."""
+    one, two = on_one_process, tmp_path / "two"
+    words = without_dropout(tiny_corpus, cache, two, 4)
     if config == "cpu":
-        for rank in harness.launch(*two, config=fp32_copy("accelerate_configs/cpu.yaml", tmp_path)):
+        for rank in harness.launch(*words, config=fp32_copy("accelerate_configs/cpu.yaml", tmp_path)):
             rank.check()
     else:
-        launch(harness, config, tmp_path, two)
-    assert results(tmp_path / "4")["world_size"] == 2
-    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+        launch(harness, config, tmp_path, words)
+    assert results(two)["world_size"] == 2
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for name in ("eval_loss", "eval_discriminator_loss", "train_tokens"):
-        assert results(tmp_path / "4")[name] == pytest.approx(results(tmp_path / "8")[name], rel=1e-5)
+        assert results(two)[name] == pytest.approx(results(one)[name], rel=1e-5)
     for place in (".", "generator"):
-        mine, theirs = (load_file(tmp_path / name / place / "model.safetensors") for name in "48")
+        mine, theirs = (load_file(out / place / "model.safetensors") for out in (two, one))
         assert mine.keys() == theirs.keys()
         assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 

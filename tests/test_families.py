@@ -1,5 +1,6 @@
 """Every model family with every way of masking: it learns, is saved as stock transformers' own, and is fine-tuned."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,8 +29,20 @@ FIRST = {
     ("electra", "whole_word"),
 }
 CONFIGS = ("ddp", "fsdp", "zero2", "zero3")
-FIRST_CONFIGS = {("deberta", "fsdp"), ("deberta-v2", "zero2"), ("modernbert", "ddp")}
-FIRST_CONFIGS |= {("electra", config) for config in ("ddp", "fsdp", "zero2")}
+FIRST_CONFIGS = {("deberta", "fsdp"), ("deberta-v2", "zero2"), ("modernbert", "ddp")}  # an electra: test_electra.py
+
+
+@pytest.fixture(scope="module")
+def trained(harness, tiny_corpus, cache, tmp_path_factory):
+    """A function of a family and a way of masking giving the folder of a run of 20 steps."""
+
+    def run(family, masking):
+        out = tmp_path_factory.mktemp(family) / "run"
+        flags = ["--model_type", family, "--masking", masking, "--learning_rate", 5e-3, "--init_output_bias", "zeros"]
+        harness.run(*small_run(tiny_corpus, cache, out, *flags, steps=20)).check()
+        return out
+
+    return functools.cache(run)
 
 
 @pytest.mark.parametrize(
@@ -40,16 +53,15 @@ FIRST_CONFIGS |= {("electra", config) for config in ("ddp", "fsdp", "zero2")}
         for masking in MASKINGS
     ],
 )
-def test_it_learns_and_is_saved_as_stock(harness, tiny_corpus, cache, out, family, masking):
-    flags = ["--model_type", family, "--masking", masking, "--learning_rate", 5e-3, "--init_output_bias", "zeros"]
-    harness.run(*small_run(tiny_corpus, cache, out, *flags, steps=20)).check()
+def test_it_learns_and_is_saved_as_stock(trained, tiny_corpus, tmp_path, family, masking):
+    out = trained(family, masking)
     course = list(losses(out).values())
     assert len(course) == 20 and sum(course[-5:]) < sum(course[:5]) - 1
     stock = AutoModelForPreTraining if family == "electra" else AutoModelForMaskedLM
     model, info = stock.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.model_type == family and results(out)["train_steps"] == 20
-    batch = masked_batch(tiny_corpus, out, masking, judges_tokens=family == "electra")
+    batch = masked_batch(tiny_corpus, out, tmp_path / "rows", masking, judges_tokens=family == "electra")
     ours = build_mlm_model(
         ModelArguments(model_name_or_path=str(out)), DataArguments(), AutoTokenizer.from_pretrained(out)
     )
@@ -62,7 +74,7 @@ def test_it_learns_and_is_saved_as_stock(harness, tiny_corpus, cache, out, famil
             assert loss.item() == pytest.approx(stock_loss(model, batch), abs=1e-5)
 
 
-def masked_batch(corpus, out, masking, judges_tokens):
+def masked_batch(corpus, out, rows_folder, masking, judges_tokens):
     """Rows of several documents each, as a run masks them, with the tokenizer of a finished run."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     lines = corpus.read_text().splitlines()[:60]
@@ -71,7 +83,7 @@ def masked_batch(corpus, out, masking, judges_tokens):
     lengths = np.array([len(document) for document in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     file = SimpleNamespace(tokens=np.concatenate(documents), starts=starts, lengths=lengths)
-    rows = DocumentRows(file, Frame.for_masked(tokenizer), 64, out / "rows")
+    rows = DocumentRows(file, Frame.for_masked(tokenizer), 64, rows_folder)
     number = np.arange(len(rows))
     masking = Masking.for_tokenizer(tokenizer, 0.3, masking, judges_tokens=judges_tokens)
     batch = masking.make_batch(rows, number, derive_key(3, number))
@@ -98,8 +110,8 @@ def stock_loss(model, batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tmp_path, family):
-    harness.run(*small_run(tiny_corpus, cache, out, "--model_type", family, steps=2)).check()
+def test_glue_and_another_run_start_from_it(harness, trained, tiny_corpus, cache, tmp_path, family):
+    out = trained(family, dict(FIRST).get(family, "token"))
     task = tmp_path / "train.tsv"
     task.write_text(
         "sentence\tlabel\n" + "".join(f"{'good' if n % 2 else 'bad'} word {n}\t{n % 2}\n" for n in range(64))
@@ -115,6 +127,23 @@ def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tm
     assert (tmp_path / "more" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
 
 
+def four_steps(corpus, cache, out, family, rows):
+    flags = ["--model_type", family, "--optimizer_type", "adamw", "--learning_rate", 1e-3]
+    return small_run(corpus, cache, out, *flags, "--per_device_train_batch_size", rows, steps=4)
+
+
+@pytest.fixture(scope="module")
+def on_one_process(harness, tiny_corpus, cache, tmp_path_factory):
+    """A function of a family giving the folder of its run on one process."""
+
+    def run(family):
+        out = tmp_path_factory.mktemp("one") / "run"
+        harness.run(*four_steps(tiny_corpus, cache, out, family, 8)).check()
+        return out
+
+    return functools.cache(run)
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -123,12 +152,6 @@ def test_glue_and_another_run_start_from_it(harness, tiny_corpus, cache, out, tm
         for config in CONFIGS
     ],
 )
-def test_two_processes_equal_one(harness, tiny_corpus, cache, tmp_path, family, config):
-    flags = ["--model_type", family, "--optimizer_type", "adamw", "--learning_rate", 1e-3]
-    one, two = (
-        small_run(tiny_corpus, cache, tmp_path / str(size), *flags, "--per_device_train_batch_size", size, steps=4)
-        for size in (8, 4)
-    )
-    harness.run(*one).check()
-    launch(harness, config, tmp_path, two)
-    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+def test_two_processes_equal_one(harness, on_one_process, tiny_corpus, cache, tmp_path, family, config):
+    launch(harness, config, tmp_path, four_steps(tiny_corpus, cache, tmp_path / "two", family, 4))
+    assert losses(tmp_path / "two") == pytest.approx(losses(on_one_process(family)), rel=1e-5)

@@ -198,19 +198,24 @@ def test_a_time_budget_switches_when_its_share_is_over(harness, tiny_corpus, cac
         assert_continues(harness, words_for, tmp_path / "one", tmp_path / f"continued-{step}", step)
 
 
+@pytest.fixture(scope="module")
+def without_dropout(harness, tiny_corpus, cache, tmp_path_factory):
+    """The same on one process, where every cut must compute the same."""
+    out = tmp_path_factory.mktemp("stages") / "run"
+    harness.run(*command(tiny_corpus, cache, out, *STAGES, "--hidden_dropout_prob", 0)).check()
+    return out
+
+
 @pytest.mark.parametrize(
     "config",
     ["ddp", "zero2", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("fsdp", "tensor_parallel"))],
 )
-def test_two_processes_equal_one(harness, whole, tiny_corpus, cache, tmp_path, config):
+def test_two_processes_equal_one(harness, without_dropout, tiny_corpus, cache, out, tmp_path, config):
     yaml = fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
-    words = command(tiny_corpus, cache, tmp_path / "two", *STAGES, "--hidden_dropout_prob", 0)
-    one = command(tiny_corpus, cache, tmp_path / "one", *STAGES, "--hidden_dropout_prob", 0)
-    harness.run(*one).check()
-    for rank in harness.launch(*words, config=yaml):
+    for rank in harness.launch(*command(tiny_corpus, cache, out, *STAGES, "--hidden_dropout_prob", 0), config=yaml):
         rank.check()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    assert results(tmp_path / "two")["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], abs=1e-5)
+    assert losses(out) == pytest.approx(losses(without_dropout), abs=1e-5)
+    assert results(out)["eval_loss"] == pytest.approx(results(without_dropout)["eval_loss"], abs=1e-5)
 
 
 def test_with_a_growing_batch_and_a_falling_rate(harness, tiny_corpus, cache, tmp_path):

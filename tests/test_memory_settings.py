@@ -1,4 +1,4 @@
-"""A program that starts itself again with the memory settings: same words, same process, once."""
+"""A program that starts itself again with settings of memory and threads: same words, same process, once."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ restart_with_memory_settings()
 settings = {{name: os.environ.get(name) for name in SETTINGS}}
 print(json.dumps({{"settings": settings, "argv": sys.argv, "pid": os.getpid(), "unbuffered": sys.orig_argv[1]}}))
 """
-ABSENT = dict.fromkeys(SETTINGS)
+ABSENT = dict.fromkeys([*SETTINGS, "OMP_WAIT_POLICY"])
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 
 
@@ -53,6 +53,7 @@ def test_what_the_user_has_set_stays(script):
     starts, facts = run(script, MALLOC_TRIM_THRESHOLD_="1000000")
     assert starts == 2 and facts["settings"] == SETTINGS | {"MALLOC_TRIM_THRESHOLD_": "1000000"}
     assert run(script, **SETTINGS)[0] == 1
+    assert run(script, OMP_WAIT_POLICY="active")[1]["settings"] == SETTINGS | {"GOMP_SPINCOUNT": None}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_what_the_user_has_set_stays(script):
 )
 def test_it_can_be_turned_off(script, words):
     starts, facts = run(script, *words)
-    assert starts == 1 and facts["settings"] == ABSENT
+    assert starts == 1 and facts["settings"] == dict.fromkeys(SETTINGS)
 
 
 def test_a_program_that_runs_another_is_not_started_again(script, tmp_path):

@@ -123,6 +123,17 @@ def test_pairs_that_grow_longer(harness, sentences, cache, tmp_path):
     assert_continues(harness, words_for, tmp_path / "whole", tmp_path / "continued", 6)
 
 
+PARALLEL = ["--sentence_objective", "sop", "--optimizer_type", "adamw", "--learning_rate", 3e-3]
+PARALLEL += ["--per_device_train_batch_size", 4]
+
+
+@pytest.fixture(scope="module")
+def on_one_process(harness, sentences, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    harness.run(*pairs_run(sentences, cache, out, *PARALLEL, steps=10)).check()
+    return out
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -131,13 +142,9 @@ def test_pairs_that_grow_longer(harness, sentences, cache, tmp_path):
         *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("zero2", "fsdp", "tensor_parallel")),
     ],
 )
-def test_pairs_on_two_processes_equal_one(harness, sentences, cache, tmp_path, config):
-    flags = ["--sentence_objective", "sop", "--optimizer_type", "adamw", "--learning_rate", 3e-3]
-    flags += ["--per_device_train_batch_size", 4]
-    one, two = tmp_path / "one", tmp_path / "two"
-    harness.run(*pairs_run(sentences, cache, one, *flags, steps=10)).check()
-    yaml = fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
-    for rank in harness.launch(*pairs_run(sentences, cache, two, *flags, steps=10), config=yaml):
+def test_pairs_on_two_processes_equal_one(harness, on_one_process, sentences, cache, tmp_path, config):
+    one, two, yaml = on_one_process, tmp_path / "two", fp32_copy(f"accelerate_configs/{config}.yaml", tmp_path)
+    for rank in harness.launch(*pairs_run(sentences, cache, two, *PARALLEL, steps=10), config=yaml):
         rank.check()
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     for name in ("eval_loss", "eval_sentence_loss", "eval_sentence_accuracy", "train_tokens"):

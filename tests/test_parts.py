@@ -1,5 +1,6 @@
 """Weights load shard by shard, and of each tensor a process reads what it holds: the whole is in no one's memory."""
 
+import functools
 import json
 import shutil
 import signal
@@ -134,11 +135,22 @@ def command(corpus, cache, out, folder, readers, *flags):
     return causal_run(corpus, cache, out, *flags, steps=12, batch=16, overrides=None)
 
 
+@pytest.fixture(scope="module")
+def on_one_process(harness, small, tiny_corpus, cache, tmp_path_factory):
+    """A function of a precision's name giving the folder of a run on one process."""
+
+    def run(dtype):
+        out = tmp_path_factory.mktemp("one") / "run"
+        harness.run(*command(tiny_corpus, cache, out, small(dtype), 1)).check()
+        return out
+
+    return functools.cache(run)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", pytest.param("fp32", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", GRID)
-def test_training_equals_one_process(harness, small, tiny_corpus, cache, tmp_path, name, dtype):
-    one, out = tmp_path / "one", tmp_path / "run"
-    harness.run(*command(tiny_corpus, cache, one, small(dtype), 1)).check()
+def test_training_equals_one_process(harness, small, on_one_process, tiny_corpus, cache, tmp_path, name, dtype):
+    one, out = on_one_process(dtype), tmp_path / "run"
     printed = launch(harness, tmp_path, name, command(tiny_corpus, cache, out, small(dtype), CUT[name]))[0]
     assert NOTE not in printed
     assert losses(out) == pytest.approx(losses(one), abs=1e-5)
@@ -146,9 +158,8 @@ def test_training_equals_one_process(harness, small, tiny_corpus, cache, tmp_pat
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_a_stopped_run_continues(harness, small, tiny_corpus, cache, tmp_path, name):
-    one, out = tmp_path / "one", tmp_path / "run"
-    harness.run(*command(tiny_corpus, cache, one, small("fp16"), 1)).check()
+def test_a_stopped_run_continues(harness, small, on_one_process, tiny_corpus, cache, tmp_path, name):
+    out = tmp_path / "run"
     words = command(tiny_corpus, cache, out, small("fp16"), CUT[name])
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
     ranks = harness.start_ranks(*words, config=config, num_processes=None)
@@ -156,7 +167,7 @@ def test_a_stopped_run_continues(harness, small, tiny_corpus, cache, tmp_path, n
     ranks[0].signal(signal.SIGTERM)
     assert {rank.wait().returncode for rank in ranks} == {143}
     launch(harness, tmp_path, name, [*words, "--resume_from_checkpoint", "latest"])
-    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(out) == pytest.approx(losses(on_one_process("fp16")), abs=1e-5)
 
 
 def test_an_incomplete_shard_ends_all_processes_in_one_line(harness, small, tiny_corpus, cache, tmp_path):

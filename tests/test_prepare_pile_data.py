@@ -3,10 +3,7 @@
 import bz2
 import io
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -168,27 +165,26 @@ def test_megatrons_own_file_byte_for_byte(harness, data_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
-def test_killed_and_finished_with_the_same_bytes(tmp_path, kills):
+def test_killed_and_finished_with_the_same_bytes(harness, tmp_path, kills):
     for number in range(6):
         write_lines(tmp_path / f"{number}.txt", texts(3000, number))
-    words = [sys.executable, "prepare_pile_data.py", "--input", *sorted(map(str, tmp_path.glob("*.txt")))]
-    words += ["--tokenizer_name", "", "--workers", "2"]
+    train = ["prepare_pile_data.py", "tokenize", "0,", "--input", tmp_path / "0.txt"]
+    harness.run(*train, "--output_dir", tmp_path / "vocabulary").check()
+    words = ["prepare_pile_data.py", "--input", *sorted(tmp_path.glob("*.txt")), "--workers", 2]
+    words += ["--tokenizer_name", tmp_path / "vocabulary" / "tokenizer"]
 
     def start(out):
-        words[words.index("--tokenizer_name") + 1] = str(tmp_path / "vocabulary" / "tokenizer")
-        return subprocess.Popen([*words, "--output_dir", str(tmp_path / out)], cwd=REPOSITORY, start_new_session=True)
+        return harness.start(*words, "--output_dir", tmp_path / out)
 
-    train = [sys.executable, "prepare_pile_data.py", "tokenize", "0,", "--input", str(tmp_path / "0.txt")]
-    subprocess.run([*train, "--output_dir", str(tmp_path / "vocabulary")], cwd=REPOSITORY, check=True)
     began = time.monotonic()
-    assert start("whole").wait() == 0
+    start("whole").wait().check()
     whole, chance = time.monotonic() - began, random.Random(kills)
     for _ in range(kills):
         process = start("killed")
         time.sleep(chance.uniform(0, whole))
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill_group()
         process.wait()
-    assert start("killed").wait() == 0
+    start("killed").wait().check()
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
@@ -389,23 +385,24 @@ def test_bad_input_is_one_line_and_finished_shards_stay(prepare, corpus, tmp_pat
     assert "cut off" in prepare(code=2, text=[corpus / "d.txt.bz2"], out="cut").stderr
 
 
-def test_a_disk_that_fills_up(prepare, corpus, tmp_path):
+def test_a_disk_that_fills_up(prepare, harness, corpus, tmp_path):
     prepare("--num_shards", 3)
-    tokenizer = tmp_path / "out" / "tokenizer"
-    words = [sys.executable, "prepare_pile_data.py", "--num_shards", 3, "--tokenizer_name", tokenizer, "--workers", 1]
+    words = ["--num_shards", 3, "--tokenizer_name", tmp_path / "out" / "tokenizer", "--workers", 1]
     words += ["--input", corpus / "a.txt", corpus / "b.txt", "--output_dir", tmp_path / "full"]
     size = max(path.stat().st_size for path in (tmp_path / "out" / "shards").iterdir())
-    words = " ".join(map(str, words))
-    most = size // 1024 + 2  # KiB in a file: enough for a shard, not for all of them
-    ended = subprocess.run(
-        ["bash", "-c", f"ulimit -f {most}; {words}"], cwd=REPOSITORY, capture_output=True, text=True
+    most = size + 2048  # bytes in a file: enough for a shard, not for all of them
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"runpy.run_path({str(REPOSITORY / 'prepare_pile_data.py')!r}, run_name='__main__')\n"
     )
-    assert ended.returncode == 2 and "cannot be written (File too large); make room" in ended.stderr
+    assert "cannot be written (File too large); make room" in harness.run(limited, *words).check(2).stderr
     assert len(list((tmp_path / "full" / "shards").glob("*.bin"))) == 3 and not list(
         (tmp_path / "full").rglob("*.tmp")
     )
-    ended = subprocess.run(["bash", "-c", words], cwd=REPOSITORY, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.count("finished already") == 3
+    assert harness.run("prepare_pile_data.py", *words).check().stdout.count("finished already") == 3
 
 
 @pytest.mark.parametrize("megabytes", [5, pytest.param(200, marks=pytest.mark.exhaustive)])

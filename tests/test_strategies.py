@@ -1,15 +1,20 @@
 """Every YAML computes what one process computes, holds what its strategy lets it hold, and says what it cannot do."""
 
+from functools import partial
+
 import pytest
 import strategy_table
 import torch
 
 from harness import REPOSITORY
 from pretraining import fp32_copy, losses, results, training_rows, weights
-from strategies import ALONE, CASES, FIRST, IN_BF16, MODELS, SCRIPTS, command, launch
+from strategies import ALONE, CASES, FIRST, IN_BF16, MODELS, SCRIPTS, launch
+from strategies import command as command_of_steps
 
 TWO_MACHINES = {"multi_node", "multi_node_zero"}  # see test_multi_node.py
 GPUS_ALONE = {"fp8"}  # see test_fp8.py
+# see test_pipeline_parallel.py, and test_delayed.py for the last
+PIPELINES = {"pipeline_gpipe", "pipeline_1f1b", "pipeline_interleaved", "pipeline_1f1b_dp", "pipeline_2bw"}
 IN_CHUNKS = {"colossalai_gemini", "colossalai_gemini_auto", "colossalai_gemini_offload"}  # see test_colossalai.py
 GRID = [
     pytest.param(
@@ -24,6 +29,7 @@ GRID += [pytest.param(name, "opt", marks=pytest.mark.exhaustive) for name in ALO
 # where there are any, the biases of what is cut by its outputs.
 SLICED = dict.fromkeys(MODELS, 2 * (4 * 32 * 32 + 3 * 32 + 2 * 64 * 32 + 64))
 SLICED["llama"] = 2 * (3 * 32 * 32 + 3 * 64 * 32)  # two heads of keys and values for four of queries
+command = partial(command_of_steps, steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def single(harness, tiny_corpus, cache, tmp_path_factory):
 
 
 def test_every_yaml_has_its_row():
-    known = CASES.keys() | ALONE | TWO_MACHINES | GPUS_ALONE | IN_CHUNKS
+    known = CASES.keys() | ALONE | TWO_MACHINES | GPUS_ALONE | PIPELINES | IN_CHUNKS
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == known
 
 
@@ -149,18 +155,27 @@ SHOWN = ("zero2", "fsdp", "colossalai_ddp")
 BF16_TOLERANCE = 2e-3  # of a loss near 5.4: gradients are summed in another order, and some in bf16 (DeepSpeed)
 
 
+def command_in_bf16(corpus, cache, out, readers):
+    return [word for word in command("bert", corpus, cache, out, readers) if word != "--fp32"]
+
+
+@pytest.fixture(scope="module")
+def one_in_bf16(harness, tiny_corpus, cache, tmp_path_factory):
+    """The folder of the run of BERT on one process in bf16."""
+    out = tmp_path_factory.mktemp("bf16") / "run"
+    harness.run(*command_in_bf16(tiny_corpus, cache, out, 1), "--bf16").check()
+    return out
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in SHOWN else pytest.mark.exhaustive) for n in IN_BF16]
 )
-def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, tiny_corpus, cache, tmp_path, shows, name):
+def test_a_yaml_in_bf16_equals_one_process_in_bf16(harness, one_in_bf16, tiny_corpus, cache, tmp_path, shows, name):
     """With the YAML as it is shipped."""
     shows(name, SCRIPTS["bert"], CASES[name].ranks)
-    one, out = tmp_path / "one", tmp_path / "run"
-    words = [command("bert", tiny_corpus, cache, folder, n) for folder, n in ((one, 1), (out, CASES[name].readers))]
-    single, several = ([word for word in line if word != "--fp32"] for line in words)
-    harness.run(*single, "--bf16").check()
-    config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
-    for rank in harness.launch(*several, config=config, num_processes=None):
+    one, out, config = one_in_bf16, tmp_path / "run", REPOSITORY / "accelerate_configs" / f"{name}.yaml"
+    words = command_in_bf16(tiny_corpus, cache, out, CASES[name].readers)
+    for rank in harness.launch(*words, config=config, num_processes=None):
         rank.check()
     assert results(one)["precision"] == results(out)["precision"] == "bf16"
     apart = max(abs(losses(out)[step] - losses(one)[step]) for step in losses(one))

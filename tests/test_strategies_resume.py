@@ -42,11 +42,12 @@ def uninterrupted(harness, tiny_corpus, cache, tmp_path_factory):
 CHANGES = [("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "hsdp"), ("hsdp", "ddp"), ("zero1", "zero2_offload")]
 CHANGES += [("tensor_parallel", "zero2"), ("zero2", "tensor_parallel")]
 CHANGES += [("fsdp", "tensor_parallel_fsdp"), ("tensor_parallel_fsdp", "tensor_parallel")]
+CHANGES_FIRST = [("zero2", "fsdp"), ("tensor_parallel", "zero2")]
 
 
 @pytest.mark.parametrize(
     "first, second",
-    [pytest.param(*pair, marks=() if {*pair} <= {*FIRST} else pytest.mark.exhaustive) for pair in CHANGES],
+    [pytest.param(*pair, marks=() if pair in CHANGES_FIRST else pytest.mark.exhaustive) for pair in CHANGES],
 )
 def test_a_run_continues_under_another_yaml(
     harness, uninterrupted, tiny_corpus, cache, tmp_path, shows, first, second

@@ -11,11 +11,14 @@ from common.convert_checkpoint import convert
 from common.errors import UserError
 from common.parallel import check_launch, check_micro_batches, launched_data_ranks
 from common.parallel.launch import Pipe, launched_pipe
-from pipelines import command, copy_of, launch
+from pipelines import LIMIT, command, copy_of, launch
 from pretraining import assert_same_run, losses, results, training_rows, weights
 
 UNEVEN = {"module_to_stage_map": [0, 0, 0, 1, 1], "stage_to_rank_map": {"0": [0], "1": [1]}}  # 3 layers and 1
 ELSEWHERE = UNEVEN | {"stage_to_rank_map": {"0": [3, 1], "1": [2, 0]}}  # process 0 has the end of the second copy
+DEALT = UNEVEN | {"stage_to_rank_map": {"0": [0, 1], "1": [2]}}  # micro-batches 0 and 2 go to 0, 1 and 3 to 1
+DEALT_LATER = UNEVEN | {"stage_to_rank_map": {"0": [1], "1": [2, 0]}}
+DEALT_THREE = {"module_to_stage_map": [0, 1, 2, 2, 2], "stage_to_rank_map": {"0": [0, 1], "1": [2], "2": [3, 4, 5, 6]}}
 THREE = {"module_to_stage_map": [0, 1, 1, 2, 2], "stage_to_rank_map": {"0": [0], "1": [1], "2": [2]}}
 
 
@@ -51,6 +54,7 @@ def assert_equal(out, one):
     print(f"losses differ by at most {apart:.1e}")
     assert losses(out).keys() == losses(one).keys() and apart < 1e-5
     norms = [[row["grad_norm"] for row in training_rows(folder)] for folder in (out, one)]
+    norms = [norm[norm[0] is None :] for norm in norms]  # without a flush there is none in the first step
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert results(out)["eval_loss"] == pytest.approx(results(one)["eval_loss"], abs=1e-5)
     saved, expected = weights(out), weights(one)
@@ -77,6 +81,51 @@ def test_uneven_stages_equal_one_process(harness, single, tiny_corpus, cache, co
         layers = [f"layer.{number}." for number in range(stages["module_to_stage_map"].count(0))]
         own = [key for key in weights(out) if "embeddings" in key or any(layer in key for layer in layers)]
         assert results(out)["parameter_bytes_per_rank"] == sum(4 * weights(out)[key].numel() for key in own)
+
+
+@pytest.mark.parametrize(
+    "name, model, stages",
+    [
+        ("pipeline_1f1b", "bert", DEALT),
+        ("pipeline_1f1b", "opt", DEALT_LATER),
+        pytest.param("pipeline_gpipe", "bert", DEALT_LATER, marks=pytest.mark.exhaustive),
+        pytest.param("pipeline_1f1b", "bert", DEALT_THREE, marks=pytest.mark.exhaustive),
+        pytest.param("pipeline_gpipe", "opt", DEALT, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_dealt_micro_batches_equal_one_process(
+    harness, single, tiny_corpus, cache, conf, tmp_path, name, model, stages
+):
+    """Stages on different numbers of processes; what is saved is merged, and continued on one process."""
+    one, out, continued = single(model), tmp_path / "run", tmp_path / "continued"
+    ranks = stages["stage_to_rank_map"].values()
+    flags = ["--pipeline_config", conf(stages), "--checkpointing_steps", 5]
+    words = command(model, tiny_corpus, cache, out, *flags)
+    printed = launch(harness, words, copy_of(name, tmp_path), sum(map(len, ranks)))
+    assert f", dealt out to {', '.join(str(len(one)) for one in ranks)} processes" in printed
+    assert_equal(out, one)
+    assert min(row["grad_norm"] for row in training_rows(out)) > LIMIT, "clipping was meant to be active"
+    assert len(list((out / "step_5").glob("model-*.safetensors"))) == len(ranks)
+    convert(out / "step_5", tmp_path / "merged")
+    flags = ["--resume_from_checkpoint", out / "step_5"]
+    harness.run(*command(model, tiny_corpus, cache, continued, *flags)).check()
+    later = {step: loss for step, loss in losses(one).items() if step > 5}
+    assert losses(continued) == pytest.approx(later, abs=1e-5)
+
+
+@pytest.mark.parametrize("stages", [DEALT, pytest.param(DEALT_LATER, marks=pytest.mark.exhaustive)])
+def test_dealt_micro_batches_without_a_flush(harness, tiny_corpus, cache, conf, tmp_path, stages):
+    """What two equal stages compute, which is the definition (test_delayed.py); drained or not, and continued."""
+    config, steps = copy_of("pipeline_2bw", tmp_path), {"steps": 10}
+    outs = even, out, continued = [tmp_path / name for name in ("even", "dealt", "continued")]
+    words = [command("bert", tiny_corpus, cache, folder, **steps) for folder in outs]
+    launch(harness, words[0], config)
+    dealt = ["--pipeline_config", conf(stages)]
+    launch(harness, [*words[1], *dealt, "--eval_steps", 3, "--checkpointing_steps", 4], config, 3)
+    assert_equal(out, even)
+    launch(harness, [*words[2], *dealt, "--resume_from_checkpoint", out / "step_4"], config, 3)
+    assert training_rows(continued) == training_rows(out)[4:]
+    assert all(weights(continued)[key].equal(tensor) for key, tensor in weights(out).items())
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +242,14 @@ def test_without_a_file_stages_follow_each_other():
     "stages, world, role, says",
     [
         (UNEVEN, 4, None, "stage_to_rank_map names 2 processes, the launcher has 4: give --num_processes 2"),
-        (of_width(15, 1), 16, None, r"stage_to_rank_map\['1'\] has 1 rank\(s\), stage_to_rank_map\['0'\] 15: give"),
-        (of_width(2, 2, 3), 7, None, r"stage_to_rank_map\['2'\] has 3 rank\(s\), stage_to_rank_map\['0'\] 2: give"),
+        (
+            of_width(15, 1),
+            16,
+            None,
+            r"map\['0'\] has 15 ranks, to which micro_batches=4 .* evenly: give a multiple of",
+        ),
+        (of_width(2, 2, 3), 7, None, r"stage_to_rank_map\['2'\] has 3 ranks, to which micro_batches=4 .* cannot be"),
+        (DEALT | {"stage_to_depth_map": {"0": 2, "1": 0}}, 3, None, r"stage_to_depth_map\['0'\] 2: give 1, or leave"),
         (of_width(16), 16, None, "module_to_stage_map has one stage, .* choose accelerate_configs/ddp.yaml"),
         (UNEVEN | {"stage_to_depth_map": {"0": 2, "1": 0}}, 2, None, r"stage_to_depth_map\['0'\] 2: give 1, or leave"),
         (UNEVEN, 2, "pipeline schedule=interleaved stages=4 micro_batches=4", "gives each process one: choose"),

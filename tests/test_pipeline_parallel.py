@@ -265,7 +265,7 @@ def test_throughput_of_stages_is_measured(harness, tiny_corpus, cache, tmp_path,
 REFUSED = [
     ("schedule=1f1b stages=2 micro_batches=3", [], "cannot be cut into the 3 micro-batches"),
     ("schedule=1f1b stages=4 micro_batches=2", [], "schedule=1f1b with 4 stages needs as many micro-batches"),
-    ("schedule=2bw stages=4 micro_batches=2", [], "PipeDream-2BW with 4 stages needs 4 or more micro-batches"),
+    ("schedule=2bw stages=4 micro_batches=2", [], "stages on 4 processes needs 4 or more micro-batches"),
     ("schedule=interleaved stages=3 micro_batches=4", [], "stages=3 does not go up in that"),
     ("schedule=interleaved stages=4 micro_batches=3", [], "micro_batches=3 is no multiple of 2"),
     ("schedule=gpipe stages=5 micro_batches=4", [], "4 layers are not enough for 5 stages"),
@@ -273,7 +273,7 @@ REFUSED = [
     (
         "schedule=zigzag stages=2 micro_batches=4",
         [],
-        "schedule=gpipe|1f1b|interleaved|2bw stages=N micro_batches=N",
+        "schedule=gpipe|1f1b|interleaved|2bw|2bw_corrected stages=N micro_batches=N",
     ),
 ]
 

@@ -4,30 +4,20 @@ Batch t is computed, forward and backward, with W(t-1), and W(t+1) = W(t) - rate
 W(0) = W(-1) on. On a stage a batch's last backward passes are made while the next batch's first forward passes are; so
 its update is made in the step after its own, with the rate and the limit of its own.
 Source: Narayanan et al. 2021 (arXiv:2006.09503), section 3.
+
+Corrected, each update is followed by what it differs by from the one before, W(t+1) = W(t) + u(t) + (u(t) - u(t-1)):
+u(t), of the gradient at W(t-1), is what should have been added to W(t-1) where u(t-1) was, and the difference is made
+good. Source: error feedback for updates that are a step late, Zmushko et al. 2026 (arXiv:2606.30634).
 """
 
 import copy
 from collections import deque
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from common.parallel.exchange import clip
-from common.parallel.processes import derive_seed
-
-
-class _Pass(NamedTuple):
-    """A forward pass without its backward pass.
-
-    batch, micro_batch: numbers in the run; closes: whether it is the batch's last one.
-    """
-
-    batch: int
-    micro_batch: int
-    closes: bool
-    hidden: torch.Tensor | None
-    output: torch.Tensor
+from common.parallel.passes import Passes
 
 
 class Delayed:
@@ -45,16 +35,14 @@ class Delayed:
     def __init__(self, pipeline, optimizer):
         self.pipeline, self.optimizer, self._exchange = pipeline, optimizer, pipeline.exchange
         self._modules, self._previous = None, None  # the older version, as a checkpoint has it, before there are two
+        self._corrects, self._last_update = pipeline.pipe.schedule == "2bw_corrected", {}  # u(t), by name
         self._begun, self._updated = 0, 0  # batches whose passes have begun, and that the weights know
-        self._waiting, self._sent = deque(), deque()  # _Pass; messages under way
+        self._passes = Passes(pipeline)
         self._complete, self._settings = deque(), deque()  # of batches before their update: gradients; rates, limit
         self._admitted, self.newest = 0, -1  # micro-batches
         self._losses, self._norm, self._limit = deque(), None, 0.0
-        (self._stage,) = pipeline.stages
-        self._last = pipeline.pipe.stages - 1
-        accelerator = pipeline.accelerator
-        self._before, self._after = self._exchange.neighbours
-        self._accelerator, self._device = accelerator, accelerator.device
+        self._ahead = pipeline.pipe.ahead(self._passes.stage)
+        self._accelerator, self._device = pipeline.accelerator, pipeline.accelerator.device
 
     def run(self, batch):
         """A batch's forward passes, and as many backward passes. Returns: the loss of the batch a step before.
@@ -63,15 +51,21 @@ class Delayed:
         """
         if self._modules is None:
             self._modules = self._make_versions()
-        parts, seed, losses = self.pipeline.cut(batch), torch.initial_seed(), []
+        parts, seed = self.pipeline.cut(batch), torch.initial_seed()
         calls, closes = self._accelerator.gradient_accumulation_steps, self._accelerator.sync_gradients
-        for number, part in enumerate(parts):
-            closing = closes and number == len(parts) - 1
-            losses.append(self._forward(part, derive_seed(seed, number), closing, len(parts) * calls))
-            if len(self._waiting) > self._last - self._stage:
+        module, in_step = self._modules[self._begun % 2], len(parts) * calls
+        loss, own = torch.zeros((), device=self._device), self._passes.of(len(parts))
+        for number in own:
+            # which batch's last one of this process it is, and the number of the batch's last one
+            mark = (self._begun, self._admitted + len(parts) - 1) if closes and number == own[-1] else None
+            of_part = self._passes.forward(module, parts[number], seed, in_step, number, self._admitted + number, mark)
+            if of_part is not None:
+                loss += of_part / len(parts)
+            if len(self._passes.waiting) > self._ahead:
                 self._backward()
+        self._admitted += len(parts)
         self._begun += closes
-        return self._tell_loss(losses, calls)
+        return self._tell_loss(loss, calls)
 
     def put_together(self):
         """Done as soon as a batch is complete."""
@@ -99,12 +93,11 @@ class Delayed:
 
     def drain(self):
         """Make the backward passes and updates that are left; what comes after computes the same as without."""
-        while self._waiting:
+        while self._passes.waiting:
             self._backward()
         while self._updated < self._begun:
             self._update()
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        self._passes.settle()
 
     def set_mode(self, mode):
         """Training or evaluation, for both versions."""
@@ -120,18 +113,22 @@ class Delayed:
         """What a drained pipeline must remember beside weights and optimizer: the older weights, and what it has told.
 
         Returns:
-            dict: previous (dict of tensors by name), told_losses (list of tensors), told_norm (tensor or None).
+            dict: previous, update (dicts of tensors by name; update of a corrected one), told_losses (list of
+            tensors), told_norm (tensor or None).
         """
         older = self._parameters(self._updated % 2) if self._modules else {}
         for work, _ in self._losses:
             if work:
                 work.wait()
         previous = {name: parameter.detach() for name, parameter in older.items()}
-        return {"previous": previous, "told_losses": [loss for _, loss in self._losses], "told_norm": self._norm}
+        told = {"told_losses": [loss for _, loss in self._losses], "told_norm": self._norm}
+        return {"previous": previous, "update": self._last_update, **told}
 
     def set_state(self, saved):
         """Take over what state() returned; of another strategy, begin with one version."""
         self._previous = saved.get("previous")
+        update = saved.get("update", {}) if self._corrects else {}
+        self._last_update = {name: update[name].to(self._device) for name in self.pipeline.held if name in update}
         self._losses = deque((None, loss.to(self._device)) for loss in saved.get("told_losses", ()))
         self._norm = saved.get("told_norm")
 
@@ -153,50 +150,25 @@ class Delayed:
         """Parameters of a version by their names in the whole model."""
         return dict(zip(self._names(), self._modules[version].parameters(), strict=True))
 
-    def _forward(self, part, seed, closes, micro_batches):
-        """Returns: the loss on the last stage, None on others."""
-        hidden = None
-        if self._stage:
-            hidden = self._receive(part, self._before, self._exchange.forward).requires_grad_()
-        number, module = self._admitted, self._modules[self._begun % 2]
-        output = self.pipeline.compute(module, self._stage, part, hidden, seed, number)
-        loss = None
-        if self._stage == self._last:
-            loss = output.loss.detach()
-            output = output.loss / micro_batches
-        else:
-            self._send(output.detach(), self._after, self._exchange.forward)
-        self._waiting.append(_Pass(self._begun, number, closes, hidden, output))
-        self._admitted += 1
-        return loss
-
     def _backward(self):
-        batch, number, closes, hidden, output = self._waiting.popleft()
-        gradient = None
-        if self._stage < self._last:
-            gradient = torch.empty_like(output)
-            dist.recv(gradient, self._after, group=self._exchange.backward)
-        with self.pipeline.timed("backward", self._stage, number):
-            output.backward(gradient)
-        if hidden is not None:
-            self._send(hidden.grad, self._before, self._exchange.backward)
-        if closes:
-            self._complete.append((number, *self._put_together(self._parameters(batch % 2))))
+        if mark := self._passes.backward().mark:
+            batch, last = mark
+            self._complete.append((last, *self._put_together(self._parameters(batch % 2))))
 
     def _put_together(self, held):
         """Begin what the processes make of a batch's gradients; none waits for one that waits for it.
 
-        A stage's last gradient is sent before it waits for its copies; and what is shared is summed by the stage that
-        is the last to have it.
+        A stage's last gradient is sent before it waits for its copies and for those to which its micro-batches are
+        dealt out; and what stages share is waited for by the first one alone, which is the last to have it.
         """
         self._exchange.average(held)
         works, norms = self._exchange.start_sharing(held), None
         if self._accelerator.max_grad_norm > 0:
-            if self._exchange.owns_shared(held):
-                for work in works:
+            for name, work in works.items():
+                if self._exchange.gives_norm(name):
                     work.wait()
             norms = self._exchange.start_norms(held)
-        return works, norms
+        return works.values(), norms
 
     @torch.no_grad()
     def _update(self):
@@ -219,8 +191,18 @@ class Delayed:
             if chosen is rates:
                 self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._corrects:
+            self._correct(older, newest)
         self.pipeline.module, self.pipeline.held = self._modules[self._updated % 2], older
         self._updated += 1
+
+    def _correct(self, made, before):
+        """Add to an update what it differs by from the last one. Args: made, before: weights by name."""
+        update = dict(zip(made, torch._foreach_sub(list(made.values()), list(before.values())), strict=True))
+        if self._last_update:
+            last = [self._last_update[name] for name in made]
+            torch._foreach_add_(list(made.values()), torch._foreach_sub(list(update.values()), last))
+        self._last_update = update
 
     def _hand_over(self, successors):
         """Let the optimizer go on with the parameters of the other version."""
@@ -231,30 +213,21 @@ class Delayed:
             if parameter in state:
                 state[successor] = state.pop(parameter)
 
-    def _tell_loss(self, losses, calls):
-        """Begin to tell the other stages a loss. Returns: the one of as many calls ago as make a step."""
-        told = torch.zeros((), device=self._device)
-        if self._stage == self._last:
-            told = torch.stack(losses).mean()
-        source = self._exchange.rank(self._last)
-        self._losses.append((dist.broadcast(told, source, group=self._exchange.losses, async_op=True), told))
+    def _tell_loss(self, told, calls):
+        """Begin to tell the other stages a loss.
+
+        Args:
+            told: the part of it that was computed here; calls: that make a step.
+        Returns:
+            the one of as many calls ago.
+        """
+        self._losses.append((dist.all_reduce(told, group=self._exchange.losses, async_op=True), told))
         while len(self._losses) > calls + 1:
             self._losses.popleft()
         work, loss = self._losses.popleft() if len(self._losses) > calls else self._losses[-1]
         if work:
             work.wait()
         return loss.clone()
-
-    def _receive(self, part, source, group):
-        tensor = torch.empty(self.pipeline.hidden_shape(part), device=self._device)
-        dist.recv(tensor, source, group=group)
-        return tensor
-
-    def _send(self, tensor, target, group):
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
-        tensor = tensor.contiguous()
-        self._sent.append((dist.isend(tensor, target, group=group), tensor))
 
 
 class DelayedOptimizer:

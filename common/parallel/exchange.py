@@ -42,11 +42,6 @@ class Exchange:
         """The number of a process among all. Args: place: in its pipeline; copy: None for the own one."""
         return self._pipe.rank(self.copy if copy is None else copy, place)
 
-    @property
-    def neighbours(self):
-        """The processes before and behind this one; those at the ends follow each other."""
-        return tuple(self.rank((self.place + step) % self._pipe.processes) for step in (-1, 1))
-
     def average(self, held):
         """Give gradients the mean over the copies. Args: held: dict of parameters by name."""
         gradients = [parameter.grad for parameter in held.values() if parameter.grad is not None]
@@ -59,17 +54,16 @@ class Exchange:
                 gradient.copy_(part.view_as(gradient))
 
     def start_sharing(self, held):
-        """Begin to sum the gradients of what several stages use, as a tied embedding, into each of its copies.
+        """Begin to sum the gradients of what several places hold, as a tied embedding, into each of its copies.
 
         Args:
             held: as average.
         Returns:
-            list of works to wait for.
+            dict of works to wait for, by the name of the parameter.
         """
-        shared = [(name, self.owners[name]) for name in held if len(self.owners[name]) > 1]
-        return [
-            dist.all_reduce(held[name].grad, group=self._sharing[places], async_op=True) for name, places in shared
-        ]
+        shared = {name: p.grad for name, p in held.items() if len(self.owners[name]) > 1 and p.grad is not None}
+        groups = {name: self._sharing[self.owners[name]] for name in shared}
+        return {name: dist.all_reduce(shared[name], group=groups[name], async_op=True) for name in shared}
 
     def start_norms(self, held):
         """Begin to collect the norm of each parameter's gradient; of what is shared, the first place gives it.
@@ -82,7 +76,7 @@ class Exchange:
         Returns:
             (work, [parameters] float32).
         """
-        own = {name: p for name, p in held.items() if self.owners[name][0] == self.place}
+        own = {name: p for name, p in held.items() if self.gives_norm(name)}
         device = next(iter(held.values())).device
         norms = torch.zeros(len(self.owners), device=device)
         if own:
@@ -97,9 +91,9 @@ class Exchange:
             self._with_gradient = (norms >= 0).nonzero()[:, 0]
         return torch.linalg.vector_norm(norms[self._with_gradient])
 
-    def owns_shared(self, held):
-        """Whether this process gives the norm of something that it shares."""
-        return any(len(self.owners[name]) > 1 and self.owners[name][0] == self.place for name in held)
+    def gives_norm(self, name):
+        """Whether this process gives the norm of a parameter's gradient to the others."""
+        return self.owners[name][0] == self.place
 
 
 def clip(held, norm, limit):

@@ -37,20 +37,21 @@ class Flushed:
         if shape not in self._schedules:
             self._schedules[shape] = self._make(shape)
         numbers, losses = torch.arange(count), []
-        last = pipeline.exchange.place == pipeline.last_place
+        end = pipeline.pipe.place(pipeline.pipe.stages - 1)
+        last = pipeline.exchange.place == end
         target = {"target": numbers, "losses": losses} if last else {}
         self._schedules[shape].step(number=numbers, return_outputs=False, **target)
         self.newest += count
         self.parts = []
         loss = torch.stack(losses).sum().detach() if last else torch.zeros((), device=accelerator.device)
-        dist.broadcast(loss, pipeline.exchange.rank(pipeline.last_place), group=pipeline.exchange.group)
+        dist.broadcast(loss, pipeline.exchange.rank(end), group=pipeline.exchange.group)
         return loss * accelerator.gradient_accumulation_steps
 
     def put_together(self):
         """After the last batch of a step: gradients of the copies, and of what several stages use."""
         exchange, held = self.pipeline.exchange, self.pipeline.held
         exchange.average(held)
-        for work in exchange.start_sharing(held):
+        for work in exchange.start_sharing(held).values():
             work.wait()
 
     def clip(self, limit):
@@ -84,7 +85,7 @@ class Flushed:
         final = pipeline.pipe.stages - 1
         group, rank = pipeline.exchange.group, pipeline.exchange.rank
         # torch counts a group's processes by their ranks, whatever the stages that they have
-        order = {n: dist.get_group_rank(group, rank(n % pipeline.pipe.processes)) for n in range(final + 1)}
+        order = {n: dist.get_group_rank(group, rank(pipeline.pipe.place(n))) for n in range(final + 1)}
         stages = []
         for number in pipeline.stages:
             shapes = {"input_args": (hidden,) if number else ()}

@@ -15,10 +15,11 @@ from common.models.stages import divide_layers
 from common.optimizers import why_not_apart, why_not_in_parts
 from common.parallel.colossalai_options import check_installed, parse_options
 from common.parallel.fp8 import check_fp8
-from common.parallel.stage_map import StageMap, read_stage_map
+from common.parallel.stage_map import StageMap, passes_ahead, read_stage_map
 
 # Schedules of a pipeline, with the number of stages that each process has.
-SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "2bw": 1}
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "2bw": 1, "2bw_corrected": 1}
+DELAYED = ("2bw", "2bw_corrected")  # those whose updates come a step late
 # What the first word of a YAML's `role` may be, with the options that follow it as name=value and what a value may be,
 # None for a number; accelerate's own strategies leave torchrun's "default", and Colossal-AI's options are read in
 # colossalai_options.py.
@@ -57,6 +58,7 @@ class Pipe(NamedTuple):
 
     stage_map: StageMap that says which layers and processes make up each stage; None: as many layers on each as can
     be, on processes that follow each other. A process has a place among those of its copy of the pipeline, from 0 on.
+    Where the map deals micro-batches out, there is one copy, and the places of a stage follow each other.
     """
 
     schedule: str = "none"
@@ -67,7 +69,48 @@ class Pipe(NamedTuple):
     @property
     def processes(self):
         """How many processes its stages are on."""
-        return self.stages // SCHEDULES.get(self.schedule, 1)
+        return self.stage_map.processes if self.deals else self.stages // SCHEDULES.get(self.schedule, 1)
+
+    @property
+    def deals(self):
+        """Whether the micro-batches of a batch are dealt out to the processes of each stage; else there are copies."""
+        return self.stage_map is not None and self.stage_map.deals
+
+    @property
+    def dealt(self):
+        """To how many places of a copy the micro-batches go, for each stage."""
+        return [len(ranks) for ranks in self.stage_map.ranks] if self.deals else [1] * self.stages
+
+    def numbers(self, place):
+        """The numbers of the stages at a place."""
+        if self.deals:
+            return [stage for stage in range(self.stages) if place in self.places(stage)]
+        return list(range(place, self.stages, self.processes))
+
+    def places(self, stage):
+        """The places of a stage; micro-batch k is for the one with the number k modulo theirs."""
+        if self.deals:
+            begin = sum(self.dealt[:stage])
+            return range(begin, begin + self.dealt[stage])
+        return range(stage % self.processes, stage % self.processes + 1)
+
+    def place(self, stage, micro_batch=0):
+        """Where a stage has a micro-batch. Args: micro_batch: its number in its batch."""
+        places = self.places(stage)
+        return places[micro_batch % len(places)]
+
+    @property
+    def parts(self):
+        """How many parts a checkpoint has."""
+        return self.stages if self.deals else self.processes
+
+    def part(self, place):
+        """The number of the part of a checkpoint that has what is held at a place."""
+        return self.numbers(place)[0] if self.deals else place
+
+    def ahead(self, stage):
+        """How many micro-batches a stage takes forward at a place before the first one comes back."""
+        return passes_ahead(self.dealt, stage)
 
     def layers(self, number):
         """The layers of each stage: list of range. Args: number: of them in the model. Raises: UserError."""
@@ -77,11 +120,15 @@ class Pipe(NamedTuple):
         """(copy of the pipeline, place in it) of a process."""
         if self.stage_map is None:
             return divmod(rank, self.processes)
+        if self.deals:
+            return 0, sum(self.stage_map.ranks, ()).index(rank)
         stage = self.stage_map.stage_of(rank)
         return self.stage_map.ranks[stage].index(rank), stage
 
     def rank(self, copy, place):
         """The process that has a place in a copy of the pipeline."""
+        if self.deals:
+            return sum(self.stage_map.ranks, ())[place]
         return copy * self.processes + place if self.stage_map is None else self.stage_map.ranks[place][copy]
 
 
@@ -195,7 +242,7 @@ def launched_pipe(pipeline_config=None):
     if pipeline_config is not None:
         stage_map = read_stage_map(pipeline_config)
         stage_map.check_processes(launched_processes())
-        stage_map.check_copies()
+        stage_map.check_dealing(pipe.micro_batches)
         stage_map.check_warm_up()
         if each > 1:
             raise UserError(
@@ -230,17 +277,17 @@ def check_micro_batches(pipe, per_device, accumulation):
     Raises:
         UserError: rows that cannot be cut into micro-batches, or too few of them for two versions of the weights.
     """
-    schedule, stages, micro_batches, _ = pipe
+    schedule, _, micro_batches, _ = pipe
     if per_device % micro_batches:
         raise UserError(
             f"--per_device_train_batch_size {per_device} cannot be cut into the {micro_batches} micro-batches of the "
             "YAML's role: give a multiple, or change micro_batches"
         )
-    if schedule == "2bw" and micro_batches * accumulation < stages:
+    if schedule in DELAYED and micro_batches * accumulation < pipe.processes:
         raise UserError(
-            f"PipeDream-2BW with {stages} stages needs {stages} or more micro-batches in a step, so that two versions "
-            f"of the weights are enough; there are {micro_batches * accumulation}: raise micro_batches in the YAML's "
-            "role"
+            f"PipeDream-2BW with stages on {pipe.processes} processes needs {pipe.processes} or more micro-batches in "
+            f"a step, so that two versions of the weights are enough; there are {micro_batches * accumulation}: raise "
+            "micro_batches in the YAML's role"
         )
 
 
@@ -250,10 +297,11 @@ def refuse_delay():
     Raises:
         UserError: the YAML asks for it.
     """
-    if launched_role()[1].get("schedule") == "2bw":
+    schedule = launched_role()[1].get("schedule")
+    if schedule in DELAYED:
         raise UserError(
-            "the YAML's role: schedule=2bw applies each gradient one step late, which a short fine-tuning does not "
-            "make up for: choose accelerate_configs/pipeline_1f1b.yaml"
+            f"the YAML's role: schedule={schedule} applies each gradient one step late, which a short fine-tuning "
+            "does not make up for: choose accelerate_configs/pipeline_1f1b.yaml"
         )
 
 

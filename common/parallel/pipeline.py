@@ -12,10 +12,11 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.models.head_loss import HeadLoss
 from common.models.stages import check_stages, drop_unused, refuse_undivided, used_parameters
+from common.parallel.dealt import Dealt
 from common.parallel.delayed import Delayed, DelayedOptimizer
 from common.parallel.exchange import Exchange
 from common.parallel.flushed import Flushed
-from common.parallel.launch import check_micro_batches, check_optimizer
+from common.parallel.launch import DELAYED, check_micro_batches, check_optimizer
 from common.parallel.plain import PlainAccelerator
 from common.parallel.processes import derive_seed
 from common.parallel.stage_states import StageStates
@@ -26,6 +27,7 @@ NAMES = {
     "1f1b": "1F1B",
     "interleaved": "interleaved 1F1B",
     "2bw": "PipeDream-2BW",
+    "2bw_corrected": "PipeDream-2BW with corrected updates",
 }
 
 LESS_DELAYED = (
@@ -56,7 +58,7 @@ class PipelineAccelerator(PlainAccelerator):
     @property
     def delayed(self):
         """Whether updates come a step late."""
-        return self.pipe.schedule == "2bw"
+        return self.pipe.schedule in DELAYED
 
     @property
     def steps_behind(self):
@@ -72,14 +74,17 @@ class PipelineAccelerator(PlainAccelerator):
     def checkpoint_part(self):
         """(number of the part of a checkpoint that this process writes, or None; number of parts)."""
         copy, place = self.pipe.seat(self.process_index)
-        return (place if copy == 0 else None), self.pipe.processes
+        writes = copy == 0 and place == self.pipe.place(self.pipe.numbers(place)[0])
+        return (self.pipe.part(place) if writes else None), self.pipe.parts
 
     def place_of(self, rank):
         """As PlainAccelerator's: the stages of a process, and its copy of the pipeline."""
         copy, place = self.pipe.seat(rank)
-        numbers = ", ".join(str(number + 1) for number in range(place, self.pipe.stages, self.pipe.processes))
-        of_copy = f" in copy {copy + 1}" if self.data_rank[1] > 1 else ""
-        return f" (stage {numbers} of {self.pipe.stages}{of_copy})"
+        numbers = self.pipe.numbers(place)
+        named, alike = ", ".join(str(number + 1) for number in numbers), self.pipe.places(numbers[0])
+        where = f" in copy {copy + 1}" if self.data_rank[1] > 1 else ""
+        where += f", its process {alike.index(place) + 1} of {len(alike)}" if len(alike) > 1 else ""
+        return f" (stage {named} of {self.pipe.stages}{where})"
 
     def record_passes(self):
         """As PlainAccelerator's."""
@@ -96,6 +101,8 @@ class PipelineAccelerator(PlainAccelerator):
         schedule, stages, micro_batches, stage_map = self.pipe
         copies, cut = self.data_rank[1], f" of {stage_map.path}" if stage_map else ""
         text = f"pipeline, {NAMES[schedule]}, {stages} stages{cut}, {micro_batches} micro-batches"
+        if self.pipe.deals:
+            text += f", dealt out to {', '.join(str(number) for number in self.pipe.dealt)} processes"
         return text + (f", {copies} copies" if copies > 1 else "")
 
     def follow_command_line(self, per_device, accumulation, max_grad_norm):
@@ -139,7 +146,7 @@ class PipelineAccelerator(PlainAccelerator):
         if self.delayed and "adam" in type(optimizer).__name__.lower():
             self.print(f"note: {LESS_DELAYED.format(type(optimizer).__name__)}", flush=True)
         if not self.delayed:
-            self.pipeline.runner = Flushed(self.pipeline, optimizer)
+            self.pipeline.runner = (Dealt if self.pipe.deals else Flushed)(self.pipeline, optimizer)
             return self.prepare_optimizer(optimizer, device_placement=False)
         self.pipeline.runner = Delayed(self.pipeline, optimizer)
         return DelayedOptimizer(self.pipeline.runner)
@@ -182,7 +189,7 @@ class Pipeline(torch.nn.Module):
         self.names = {name: parameter.shape for name, parameter in named.items()}
         layers = pipe.layers(len(model.called_layers()))
         places = range(pipe.processes)
-        numbers = [range(place, pipe.stages, pipe.processes) for place in places]  # of the stages at each place
+        numbers = [pipe.numbers(place) for place in places]
         used = [set().union(*(used_parameters(model, layers[n]) for n in numbers[place])) for place in places]
         owners = {name: tuple(p for p in places if parameter in used[p]) for name, parameter in named.items()}
         self.exchange = Exchange(pipe, accelerator.process_index, accelerator.num_processes, owners)
@@ -191,11 +198,6 @@ class Pipeline(torch.nn.Module):
         drop_unused(model, used[here])
         self.module = model.to(accelerator.device)
         self.held = {name: parameter for name, parameter in named.items() if parameter in used[here]}
-
-    @property
-    def last_place(self):
-        """Where the last stage is."""
-        return (self.pipe.stages - 1) % self.pipe.processes
 
     def forward(self, **batch):
         """Output of a batch: in training the loss alone, as the runner tells it; else what was predicted, alone."""
@@ -246,16 +248,17 @@ class Pipeline(torch.nn.Module):
 
     @torch.no_grad()
     def _judge(self, batch):
-        exchange, outputs, sent = self.exchange, [], []
-        before, after = exchange.neighbours
+        exchange, place, outputs, sent = self.exchange, self.pipe.place, [], []
+        here = [number for number in self.stages if place(number) == exchange.place]  # none is dealt out
         for part in self.cut(batch):
-            for number in self.stages:
+            for number in here:
                 hidden = None
                 if number:
                     hidden = torch.empty(self.hidden_shape(part), device=self.accelerator.device)
-                    dist.recv(hidden, before, group=exchange.forward)
+                    dist.recv(hidden, exchange.rank(place(number - 1)), group=exchange.forward)
                 output = self.compute(self.module, number, part, hidden, 0)
                 if torch.is_tensor(output):
+                    after = exchange.rank(place(number + 1))
                     sent.append((dist.isend(output, after, group=exchange.forward), output))
                 else:
                     outputs.append(output)
@@ -270,7 +273,7 @@ class Pipeline(torch.nn.Module):
             kept = {name: value for name, value in outputs[0].items() if value.dim()}
             joined = {name: torch.cat([output[name] for output in outputs]).cpu() for name in kept}
             box = [(type(outputs[0]), joined)]
-        source = self.exchange.rank(self.last_place)
+        source = self.exchange.rank(self.pipe.place(self.pipe.stages - 1))
         dist.broadcast_object_list(box, source, group=self.exchange.group, device=device)
         kind, told = box[0]
         return kind(**{name: value.to(device) for name, value in told.items()})

@@ -36,6 +36,11 @@ class StageMap:
         """How many processes the stages have together."""
         return sum(len(ranks) for ranks in self.ranks)
 
+    @property
+    def deals(self):
+        """Whether some stages are on more processes than others, so that there are no whole copies of a pipeline."""
+        return len({len(ranks) for ranks in self.ranks}) > 1
+
     def stage_of(self, rank):
         """The stage that a global rank runs."""
         return next(stage for stage, ranks in enumerate(self.ranks) if rank in ranks)
@@ -73,9 +78,11 @@ class StageMap:
                 f"--num_processes {self.processes}, or change the file"
             )
 
-    def check_copies(self):
-        """Refuse stages of which there are not equally many copies, or one stage alone.
+    def check_dealing(self, micro_batches):
+        """Refuse micro-batches that cannot be dealt out to the processes of each stage, or one stage alone.
 
+        Args:
+            micro_batches: that go through the stages together.
         Raises:
             UserError: the message names the entry.
         """
@@ -85,25 +92,37 @@ class StageMap:
                 f"{MODULES} has one stage, which is data parallelism",
                 "drop the file, and choose accelerate_configs/ddp.yaml",
             )
-        first, *others = (len(ranks) for ranks in self.ranks)
-        for stage, copies in enumerate(others, 1):
-            if copies != first:
+        for stage, ranks in enumerate(self.ranks if self.deals else ()):
+            if micro_batches % len(ranks):
                 raise _fault(
                     self.path,
-                    f"{RANKS}['{stage}'] has {copies} rank(s), {RANKS}['0'] {first}",
-                    f"give each stage as many, and a slow one fewer modules in {MODULES}",
+                    f"{RANKS}['{stage}'] has {len(ranks)} ranks, to which micro_batches={micro_batches} of the YAML's "
+                    "role cannot be dealt out evenly",
+                    f"give a multiple of {len(ranks)} there, or each stage as many ranks",
                 )
 
     def check_warm_up(self):
-        """Refuse other warm-ups than those of the schedules: each stage is ahead by the number of those behind it.
+        """Refuse other warm-ups than those of the schedules.
 
         Raises:
             UserError: the message names the entry.
         """
         for stage, given in enumerate(self.warm_up or ()):
-            ahead = len(self.ranks) - 1 - stage
+            ahead = passes_ahead([len(ranks) for ranks in self.ranks], stage)
             if given != ahead:
                 raise _fault(self.path, f"{DEPTHS}['{stage}'] {given}", f"give {ahead}, or leave {DEPTHS} out")
+
+
+def passes_ahead(processes, stage):
+    """How many micro-batches a process of a stage takes forward before it takes the first one back.
+
+    As many as there are processes behind its stage, over those of its stage; rounded up, so that none of those behind
+    waits for a micro-batch (PipeDream's default is rounded down).
+
+    Args:
+        processes: of each stage, how many; stage: its number.
+    """
+    return -(-sum(processes[stage + 1 :]) // processes[stage])
 
 
 def read_stage_map(path):

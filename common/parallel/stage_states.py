@@ -51,7 +51,8 @@ class StageStates:
 
     def parts(self, model):
         """dict: names of all parameters to the number of the part that holds them."""
-        return {name: places[0] for name, places in self._pipeline.exchange.owners.items()}
+        part = self._pipeline.pipe.part
+        return {name: part(places[0]) for name, places in self._pipeline.exchange.owners.items()}
 
     @torch.no_grad()
     def set_whole_weights(self, model, weights):

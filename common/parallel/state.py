@@ -17,7 +17,7 @@ from common.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER = "optimizer.pt"
-OPTIMIZER_STATE = ("state", "previous")  # dicts by name, of which each part of a checkpoint has some
+OPTIMIZER_STATE = ("state", "previous", "update")  # dicts by name, of which each part of a checkpoint has some
 
 
 def plain_model(model):

@@ -1,9 +1,10 @@
 """What PipeDream-2BW is to compute, on one process and without stages: a script with the flags of an entry script.
 
-    python tests/delayed_reference.py <rates.json> <micro-batches> <copies> run_pretraining.py|run_clm.py <its flags>
+    python tests/delayed_reference.py <rates.json> <micro-batches> <copies> <0|1> run_pretraining.py|run_clm.py <flags>
 
 Gradients of step t are those of the weights before the last update: two models, one of them a step behind. Writes
-losses.json and model.safetensors into --output_dir. rates.json: the learning rate of every step.
+losses.json and model.safetensors into --output_dir. rates.json: the learning rate of every step; 1: to each update is
+added what it differs by from the one before.
 """
 
 import json
@@ -56,8 +57,9 @@ def causal():
 
 def main():
     rates, micro_batches, copies = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    read = {"run_pretraining.py": masked, "run_clm.py": causal}[sys.argv[4]]
-    del sys.argv[1:5]
+    corrects = sys.argv[4] == "1"
+    read = {"run_pretraining.py": masked, "run_clm.py": causal}[sys.argv[5]]
+    del sys.argv[1:6]
     build, rows, objective, args = read()
     models = []
     for _ in range(2):
@@ -70,7 +72,7 @@ def main():
         iter(TrainBatches(rows, objective, args.seed, args.train_batch_size // copies, 1, rank, **here))
         for rank in range(copies)
     ]
-    losses = []
+    losses, last_update = [], {}
     for rate in rates:
         gradients, loss = [], 0.0
         for stream in streams:
@@ -95,6 +97,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        for name, tensor in newest.named_parameters() if corrects else ():
+            update = tensor.detach() - before[name]
+            tensor.data += update - last_update.get(name, update)
+            last_update[name] = update
         behind.load_state_dict(before)
         losses.append(loss)
     out = Path(args.output_dir)

@@ -41,6 +41,8 @@ def command(model, corpus, cache, out, *flags, steps=10, dropout=0.0, layers=LAY
     if model == "opt":
         overrides = OVERRIDES.replace("num_hidden_layers=2", f"num_hidden_layers={layers}")
         overrides += f",dropout={dropout},attention_dropout={dropout}"
+        if layers > LAYERS:  # with ReLU a unit is at its kink: one process that accumulates is 2e-3 apart from itself
+            overrides += ",activation_function=gelu"
         return causal_run(corpus, cache, out, *flags, steps=steps, batch=16, overrides=overrides)
     flags += ["--model_type", model, "--num_hidden_layers", layers]
     flags += ["--hidden_dropout_prob", dropout, "--attention_probs_dropout_prob", dropout]

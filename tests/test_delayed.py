@@ -66,12 +66,12 @@ def flags_of(corpus, cache, model, out, *flags):
     return [*ROWS, *FLAGS, *data, "--output_dir", out, *flags]
 
 
-def reference(harness, run, words, copies=1):
+def reference(harness, run, words, copies=1, corrects=0):
     """The losses and weights by the definition, with the rates of a run. Returns: (list, dict)."""
     rates = [row["learning_rate"] for row in training_rows(run)]
     out = run.parent / "reference"
     words = [out if word == run else word for word in words]
-    harness.run(TESTS / "delayed_reference.py", json.dumps(rates), 4, copies, *words).check()
+    harness.run(TESTS / "delayed_reference.py", json.dumps(rates), 4, copies, corrects, *words).check()
     return json.loads((out / "losses.json").read_text()), weights(out)
 
 
@@ -112,6 +112,25 @@ def test_it_equals_its_definition(
     apart = max(float((mine[name] - whole[name]).abs().max()) for name in whole if name in mine)
     print(f"{optimizer}, tied {tied}: weights differ by at most {apart:.1e}")
     assert len(same) > 60 and (all(same) if not tied else apart < 1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.exhaustive)])
+def test_corrected_updates_equal_their_definition(harness, start, tiny_corpus, cache, tmp_path, optimizer):
+    """Bit for bit, and a run that is continued equals one that is not."""
+    config = tmp_path / "corrected.yaml"
+    config.write_text(copy_of(CONFIG, tmp_path).read_text().replace("schedule=2bw ", "schedule=2bw_corrected "))
+    run, continued = tmp_path / "run", tmp_path / "continued"
+    flags = ["--optimizer_type", optimizer, "--per_device_train_batch_size", 16, "--checkpointing_steps", 5]
+    words = [SCRIPT, *flags_of(tiny_corpus, cache, start(False), run, *flags, "--logging_steps", 1)]
+    assert "PipeDream-2BW with corrected updates, 2 stages" in launch(harness, words, config)
+    expected, whole = reference(harness, run, words, corrects=1)
+    assert [losses(run)[step + 1] for step in range(1, STEPS)] == pytest.approx(expected[:-1], abs=1e-5)
+    mine = weights(run)
+    assert all(mine[name].equal(whole[name]) for name in whole if name in mine) and len(mine) > 60
+    words = [continued if word == run else word for word in words]
+    launch(harness, [*words, "--resume_from_checkpoint", run / "step_5"], config)
+    assert training_rows(continued) == training_rows(run)[5:]
+    assert all(weights(continued)[name].equal(tensor) for name, tensor in mine.items())
 
 
 @pytest.fixture(scope="module")

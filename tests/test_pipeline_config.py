@@ -116,15 +116,15 @@ def test_dealt_micro_batches_equal_one_process(
 @pytest.mark.parametrize("stages", [DEALT, pytest.param(DEALT_LATER, marks=pytest.mark.exhaustive)])
 def test_dealt_micro_batches_without_a_flush(harness, tiny_corpus, cache, conf, tmp_path, stages):
     """What two equal stages compute, which is the definition (test_delayed.py); drained or not, and continued."""
-    config, steps = copy_of("pipeline_2bw", tmp_path), {"steps": 10}
+    config = copy_of("pipeline_2bw", tmp_path)
     outs = even, out, continued = [tmp_path / name for name in ("even", "dealt", "continued")]
-    words = [command("bert", tiny_corpus, cache, folder, **steps) for folder in outs]
+    words = [command("bert", tiny_corpus, cache, folder) for folder in outs]
     launch(harness, words[0], config)
     dealt = ["--pipeline_config", conf(stages)]
-    launch(harness, [*words[1], *dealt, "--eval_steps", 3, "--checkpointing_steps", 4], config, 3)
+    launch(harness, [*words[1], *dealt, "--eval_steps", 3, "--checkpointing_steps", 5], config, 3)
     assert_equal(out, even)
-    launch(harness, [*words[2], *dealt, "--resume_from_checkpoint", out / "step_4"], config, 3)
-    assert training_rows(continued) == training_rows(out)[4:]
+    launch(harness, [*words[2], *dealt, "--resume_from_checkpoint", out / "step_5"], config, 3)
+    assert training_rows(continued) == training_rows(out)[5:]
     assert all(weights(continued)[key].equal(tensor) for key, tensor in weights(out).items())
 
 

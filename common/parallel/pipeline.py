@@ -32,7 +32,8 @@ NAMES = {
 
 LESS_DELAYED = (
     "PipeDream-2BW applies each gradient one step late, which costs {} more loss than Muon or Lion: compare "
-    "--optimizer_type muon, or accelerate_configs/pipeline_1f1b.yaml, which has no delay"
+    "--optimizer_type muon, schedule=2bw_corrected in the YAML's role, which makes up for most of it, or "
+    "accelerate_configs/pipeline_1f1b.yaml, which has no delay"
 )
 
 
@@ -143,7 +144,7 @@ class PipelineAccelerator(PlainAccelerator):
         return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
     def _prepare_optimizer(self, optimizer):
-        if self.delayed and "adam" in type(optimizer).__name__.lower():
+        if self.pipe.schedule == "2bw" and "adam" in type(optimizer).__name__.lower():
             self.print(f"note: {LESS_DELAYED.format(type(optimizer).__name__)}", flush=True)
         if not self.delayed:
             self.pipeline.runner = (Dealt if self.pipe.deals else Flushed)(self.pipeline, optimizer)

@@ -5,8 +5,8 @@
 Every case is a run of run_pretraining.py --throughput_steps as accelerate launches it: a BERT of eight layers of 256,
 batches of two micro-batches of 16 rows of 64 tokens. Without pipelining the second micro-batch enters when the first
 has left. With --loss_steps N, the held-out loss on WikiText-2 after N steps of 2BW, of 2BW with corrected updates and
-of 1F1B, with AdamW and with Muon, too, of half the layers and width. Writes benchmarks/results/bench_pipeline.json, the
-timelines beside it, and tables in benchmarks/README.md.
+of 1F1B, with AdamW and with Muon, too, of half the layers and width. Writes benchmarks/results/bench_pipeline.json and
+bench_pipeline_loss.json, the timelines beside them, and tables in benchmarks/README.md.
 """
 
 import argparse

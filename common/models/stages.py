@@ -79,7 +79,7 @@ def check_family(config):
     """Refuse a family of which it is not known how to cut it. Args: config: of transformers. Raises: UserError."""
     if config.model_type not in ENDS:
         raise UserError(
-            f"a {config.model_type} has no plan for a pipeline; known are {', '.join(ENDS)}: choose "
+            f"{config.model_type} has no plan for a pipeline; known are {', '.join(ENDS)}: choose "
             "accelerate_configs/fsdp.yaml"
         )
 

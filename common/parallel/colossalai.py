@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from common.errors import UserError
 from common.memory_settings import giving_back_memory
@@ -65,10 +66,26 @@ with stand_ins():
     from colossalai.legacy.utils import memory
     from colossalai.logging import disable_existing_loggers
     from colossalai.nn.optimizer import HybridAdam
+    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini import gemini_ddp, gemini_optimizer
 
 # A batch's only fractions are the weights of its losses, which stay in fp32.
 gemini_ddp._cast_float = lambda value, dtype: value
+
+
+def _without_views(after):
+    """What Gemini does after each operation on parameters, for one that has only given another view of them: a copy,
+    as the chunk in which they lie is gone when the view is looked at."""
+
+    def call(parameters, output):
+        there = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        own = lambda value: value.clone() if value.untyped_storage().data_ptr() in there else value  # noqa: E731
+        return after(parameters, tree_map_only(torch.Tensor, own, output))
+
+    return call
+
+
+ColoParamOpHookManager.post_op = staticmethod(_without_views(ColoParamOpHookManager.post_op))
 
 
 class Adam(HybridAdam):

@@ -64,7 +64,6 @@ with stand_ins():
     from colossalai.booster import Booster
     from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin, gemini_plugin
     from colossalai.legacy.utils import memory
-    from colossalai.logging import disable_existing_loggers
     from colossalai.nn.optimizer import HybridAdam
     from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini import gemini_ddp, gemini_optimizer
@@ -162,7 +161,6 @@ class ColossalAccelerator(PlainAccelerator):
         super().__init__(dataclasses.replace(launch, precision="no") if self._scales else launch, **settings)
         if not dist.is_initialized():  # a process alone
             dist.init_process_group("gloo" if launch.cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
-        disable_existing_loggers()
         if launch.cpu:
             from common.parallel.colossalai_cpu import substitute
 

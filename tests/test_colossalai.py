@@ -4,12 +4,13 @@ In fp32 its YAMLs have their rows in test_strategies.py. The chunks of a tiny mo
 shipped, a model this small would stay whole on every process.
 """
 
+import functools
 import json
 import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, OPTConfig
 
 from causal import plain_perplexity
 from common.checkpoint import read_state
@@ -189,14 +190,26 @@ LARGE = {"hidden_size": 512, "word_embed_proj_dim": 256, "ffn_dim": 2048, "num_h
 LARGE |= {"num_attention_heads": 8, "vocab_size": 8191, "max_position_embeddings": 126, "do_layer_norm_before": False}
 
 
+LARGE_BERT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+LARGE_BERT |= {"vocab_size": 8192, "max_position_embeddings": 128}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A folder with a model of 85 MB in fp32, in several shards."""
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("large")
-    model = AutoModelForCausalLM.from_config(OPTConfig(**LARGE), dtype=torch.float32)
-    model.save_pretrained(folder, max_shard_size="30MB")
-    return folder
+    """A function of a kind of model giving a folder with one of about 90 MB in fp32, in several shards."""
+
+    @functools.cache
+    def folder(kind):
+        torch.manual_seed(1)
+        path = tmp_path_factory.mktemp("large")
+        if kind == "causal":
+            model = AutoModelForCausalLM.from_config(OPTConfig(**LARGE), dtype=torch.float32)
+        else:
+            model = AutoModelForMaskedLM.from_config(BertConfig(**LARGE_BERT), dtype=torch.float32)
+        model.save_pretrained(path, max_shard_size="30MB")
+        return path
+
+    return lambda kind: folder("causal" if kind == "causal" else "masked")
 
 
 # Shares of the whole in fp32: what a process of four holds in bf16 and in fp32; and what it may take to come there,
@@ -204,21 +217,24 @@ def large(tmp_path_factory):
 HELD = {"colossalai_gemini": (2 + 4) / 4 / 4, "colossalai_zero2": (2 + 4 / 4) / 4}
 HELD["colossalai_gemini_offload"] = HELD["colossalai_gemini"]
 MOST = {"colossalai_gemini": 0.85, "colossalai_gemini_offload": 0.85, "colossalai_zero2": 0.95}
-LAZY = [("colossalai_gemini", "random"), ("colossalai_zero2", "random")]
-LAZY += [exhaustive(name, "folder") for name in ("colossalai_gemini", "colossalai_zero2")]
-LAZY += [exhaustive("colossalai_gemini_offload", "random")]
+LAZY = [("colossalai_gemini", "random", "causal"), ("colossalai_zero2", "random", "masked")]
+LAZY += [("colossalai_gemini", "folder", "classifier"), exhaustive("colossalai_zero2", "folder", "classifier")]
+LAZY += [exhaustive(name, "folder", "causal") for name in ("colossalai_gemini", "colossalai_zero2")]
+LAZY += [exhaustive("colossalai_gemini_offload", "random", "causal")]
+LAZY += [exhaustive("colossalai_gemini", "random", "masked"), exhaustive("colossalai_zero2", "random", "causal")]
+CLASSES = {"causal": "CausalLM", "masked": "MaskedLM", "classifier": "SequenceClassification"}
 
 
-@pytest.mark.parametrize(("name", "source"), LAZY)
-def test_no_process_builds_the_whole(harness, large, tmp_path, name, source):
-    """The numbers are those of stock transformers, to the last bit."""
-    words = [TESTS / "loaded_parts.py", large, "bf16", source]
+@pytest.mark.parametrize(("name", "source", "kind"), LAZY)
+def test_no_process_builds_the_whole(harness, large, tmp_path, name, source, kind):
+    """The numbers are those of stock transformers, to the last bit; a classifier's head is random."""
+    words = [TESTS / "loaded_parts.py", large(kind), "bf16", source, f"AutoModelFor{CLASSES[kind]}"]
     ranks = harness.launch(*words, config=small_chunks(name, tmp_path), num_processes=4)
     ranks = [json.loads(rank.check().stdout.splitlines()[-1]) for rank in ranks]
     assert ranks[0]["equal"]
     for rank in ranks:
         peak = rank["private"] / rank["whole"]
-        print(f"{name}, {source}: of {rank['whole'] / 1e6:.0f} MB, peak {peak:.2f}, for {HELD[name]:.2f}")
+        print(f"{name}, {source}, {kind}: of {rank['whole'] / 1e6:.0f} MB, peak {peak:.2f}, for {HELD[name]:.2f}")
         assert HELD[name] < peak < MOST[name]
 
 

@@ -223,11 +223,9 @@ class ColossalAccelerator(PlainAccelerator):
             return super().load_pretrained(auto_class, name, **options)
         return load_parts(self, auto_class, name, **options)
 
-    def build(self, auto_class, config, **options):
+    def build(self, make):
         """As PlainAccelerator's; prepare() draws a tensor at a time."""
-        if self._plugin == "ddp":
-            return super().build(auto_class, config, **options)
-        return build_parts(self, partial(auto_class.from_config, config, **options))
+        return super().build(make) if self._plugin == "ddp" else build_parts(self, make)
 
     def _boost(self, model, optimizer):
         if self._plugin == "ddp":

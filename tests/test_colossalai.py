@@ -191,7 +191,7 @@ LARGE |= {"num_attention_heads": 8, "vocab_size": 8191, "max_position_embeddings
 
 
 LARGE_BERT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
-LARGE_BERT |= {"vocab_size": 8192, "max_position_embeddings": 128}
+LARGE_BERT |= {"vocab_size": 4096, "max_position_embeddings": 128}
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ def import_libraries(others):
         os.environ["DS_ACCELERATOR"] = "cpu"
         importlib.import_module("common.parallel.zero")
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch's compiler
+        for name in ("common.parallel.colossalai", "common.parallel.colossalai_cpu"):  # which replaces nothing yet
+            importlib.import_module(name)
 
     for name in (
         "AutoModelForCausalLM",

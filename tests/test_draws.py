@@ -119,8 +119,23 @@ def test_other_ways_to_begin(last):
     assert equal(seeded(lambda: build_shapes(build)), seeded(build))
 
 
-@pytest.mark.parametrize("last", [lambda t: t.data.mul_(t), lambda t: nn.init.normal_(t, generator=torch.Generator())])
-def test_what_cannot_wait_is_built_whole(last):
-    lazy, whole = (seeded(build) for build in (lambda: build_shapes(lambda: Layer(last)), lambda: Layer(last)))
+class Changed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        numbers = torch.zeros(4)
+        numbers[2] = 5
+        self.numbers = nn.Parameter(numbers)
+
+
+ALONE = {
+    "depends on numbers": lambda: Layer(lambda tensor: tensor.data.mul_(tensor)),
+    "a generator of its own": lambda: Layer(lambda tensor: nn.init.normal_(tensor, generator=torch.Generator())),
+    "changed before": Changed,
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_what_cannot_wait_is_built_whole(what):
+    lazy, whole = (seeded(build) for build in (lambda: build_shapes(ALONE[what]), ALONE[what]))
     assert not hasattr(lazy[0], "places") and lazy[1].equal(whole[1])
     assert all(mine.equal(theirs) for mine, theirs in zip(lazy[0].parameters(), whole[0].parameters(), strict=True))

@@ -96,8 +96,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._schema.is_mutable and args and torch.is_tensor(args[0]) and args[0].is_meta:
-            self._record(func, *args, **kwargs)
+        if func._schema.is_mutable and args and torch.is_tensor(args[0]):
+            if args[0].is_meta:
+                self._record(func, *args, **kwargs)
+            else:  # a constant no more
+                self._places.pop(_address(args[0]), None)
         output = func(*args, **kwargs)
         if func in CONSTANT:  # on the CPU, too: it may become a parameter
             self._record(aten.fill_.Scalar, output, CONSTANT[func])

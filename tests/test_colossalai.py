@@ -277,6 +277,7 @@ REFUSED = [
     ("colossalai", "needs plugin=, one of ddp, zero1, zero2, gemini; not ''"),
     ("colossalai plugin=zero3", "not 'zero3'"),
     ("colossalai plugin=hybrid", "take accelerate_configs/tensor_parallel.yaml"),
+    ("colossalai plugin=pipeline", "take accelerate_configs/pipeline_1f1b.yaml"),
     ("colossalai plugin=fsdp", "take accelerate_configs/fsdp.yaml"),
     ("colossalai plugin=zero1 stage=2", "stage=2 is no option of plugin=zero1"),
     ("colossalai plugin=zero1 cpu_offload=true", "cpu_offload=true is not understood: give one of no, yes"),

@@ -76,12 +76,14 @@ def main():
     corpus, shorter, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
     flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
     set_seed(args.seed)
-    model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    begin = None
+    if model_args.init_output_bias == "unigram":
+        begin = partial(start_from_frequencies, token_file=corpus.train)
+    how = {"load": parallel.loader(accelerator), "build": parallel.builder(accelerator), "begin": begin}
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer, **how)
     chosen = {name: getattr(data_args, name) for name in flags} | {"judges_tokens": judges_tokens(model.config)}
     masking = Masking.for_tokenizer(corpus.tokenizer, **chosen)
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
-    if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
-        start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     config, parameters = model.config, model.num_parameters()

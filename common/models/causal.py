@@ -16,6 +16,7 @@ from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.presets import OPT_SIZES, opt_shape
+from common.models.whole import build_whole
 
 BLOCK_SIZE = 1024  # Hugging Face's default, where the model has as many positions
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
@@ -162,13 +163,13 @@ def row_length(config, block_size):
     return block_size
 
 
-def build_causal_lm(model_args, data_args, config, load, build=None):
+def build_causal_lm(model_args, data_args, config, load, build=build_whole):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args, data_args: common.clm_arguments; config: what causal_config returned, with its vocabulary fitted.
         load: what common.parallel.loader returned, or common.parallel.load_shapes; build: what common.parallel.builder
-            returned; None builds it whole.
+            returned.
     Returns:
         a stock transformers model whose forward is ChunkedLossMixin's; its numbers may come with prepare().
     Raises:
@@ -177,8 +178,7 @@ def build_causal_lm(model_args, data_args, config, load, build=None):
     if model_args.model_name_or_path:
         model = _load(load, model_args.model_name_or_path, data_args, config)
     else:
-        how = partial(build, AutoModelForCausalLM) if build else AutoModelForCausalLM.from_config
-        model = how(config, dtype=torch.float32)
+        model = build(partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32))
     stock = type(model)
     if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")

@@ -3,7 +3,7 @@
 Such an optimizer has a method update_curvature and an attribute `interval`; see common/optim/sophia.py.
 """
 
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -27,17 +27,18 @@ class Curvature:
     def __init__(self, accelerator, model, optimizer, seed):
         self.accelerator, self.model, self.optimizer, self.seed = accelerator, model, optimizer, seed
 
-    def before_steps(self, stream, state):
+    def before_steps(self, stream, steps):
         """Yield what a stream of micro-batches yields, with an estimate before each step for which it is time.
 
         Args:
-            stream: iterator of (batch, number, tokens), as common.data.batches.TrainBatches yields them.
-            state: common.training.TrainState, whose number of steps is that of the steps made.
+            stream: endless iterator of (batch, number, tokens), as common.data.batches.TrainBatches yields them.
+            steps: how many were made.
         """
-        while step := list(islice(stream, self.accelerator.gradient_accumulation_steps)):
-            if state.completed_steps % self.optimizer.optimizer.interval == 0:
-                self.estimate(step, state.completed_steps)
-            yield from step
+        for step in count(steps):
+            micro_batches = list(islice(stream, self.accelerator.gradient_accumulation_steps))
+            if step % self.optimizer.optimizer.interval == 0:
+                self.estimate(micro_batches, step)
+            yield from micro_batches
 
     def estimate(self, micro_batches, step):
         """Let the optimizer take in an estimate.

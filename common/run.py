@@ -112,6 +112,7 @@ class Run:
         self.eval_batches, self.tokenizer, self.meter, self.cap = eval_batches, tokenizer, meter, cap
         self.batches = batches
         self.bar, self.compiling = Progress(self.accelerator.is_main_process, label), compiling
+        estimated = self.curvature.before_steps if self.curvature else lambda stream, _: stream
         self.lr_scheduler.step(self.limits.schedule_progress)
         self.stop.listen()  # from here on a signal waits for the end of a step
         self.clock.start()
@@ -123,7 +124,7 @@ class Run:
             self.validate()
         if not self.reason:
             with contextlib.closing(iter(batches)) as stream:
-                for item in self.curvature.before_steps(stream, self.state) if self.curvature else stream:
+                for item in estimated(stream, self.state.completed_steps):
                     yield item
                     if self.reason:
                         break

@@ -69,9 +69,9 @@ HERE = Machine(None, "127.0.0.1", "lo")
 class Running:
     """A started process, the leader of its own process group."""
 
-    def __init__(self, name, pid, poll, stdout_path, stderr_path):
+    def __init__(self, name, pid, poll, stdout_path, stderr_path, pauses=False):
         self.name, self.pid, self.stdout_path, self.stderr_path = name, pid, stdout_path, stderr_path
-        self._poll, self._returncode = poll, None
+        self._poll, self._returncode, self._pauses = poll, None, pauses
 
     def poll(self):
         """Returns: the exit code, negative for a signal; None while the process runs."""
@@ -80,9 +80,11 @@ class Running:
         return self._returncode
 
     def signal(self, number):
-        """Send a signal to the process alone, as `kill` does."""
+        """Send a signal to the process alone, as `kill` does; one that has paused goes on with it."""
         if self.poll() is None:
             os.kill(self.pid, number)
+            if self._pauses and number not in (signal.SIGSTOP, signal.SIGKILL):
+                os.kill(self.pid, signal.SIGCONT)
 
     def kill_group(self):
         """Kill the process and what it started; nothing happens where nothing is left of them."""
@@ -187,9 +189,16 @@ class Harness:
         """
         return self.start(script, *args, env=env, cwd=cwd).wait(timeout)
 
-    def start(self, script, *args, env=None, cwd=REPOSITORY):
-        """As run(), without waiting. Returns: Running."""
-        return self._fork([script, *args], environment(forked=True, **(env or {})), cwd)
+    def start(self, script, *args, env=None, cwd=REPOSITORY, pause_at=None):
+        """As run(), without waiting.
+
+        Args:
+            pause_at: a training step; having logged it the process stops, as by SIGSTOP, until Running.signal. However
+                slow the test's own process is, what it then sends arrives at that step.
+        Returns:
+            Running.
+        """
+        return self._fork([script, *args], environment(forked=True, **(env or {})), cwd, pause_at=pause_at)
 
     def launch(self, script, *args, config="accelerate_configs/ddp.yaml", num_processes=2, timeout=300, **options):
         """Run the ranks that `accelerate launch --config_file config` would start, as forks of the warm parent.
@@ -210,8 +219,11 @@ class Harness:
         env=None,
         cwd=REPOSITORY,
         machines=(HERE,),
+        pause_at=None,
     ):
         """As launch(), without waiting; num_processes=None takes the YAML's number, and is that of all machines.
+
+        pause_at is as for start(): the rank that logs pauses, and the others wait for it.
 
         The environment comes from accelerate's and torchrun's own code. One thing differs: rank 0 serves the
         rendezvous, not torchrun's agent, of which there is none.
@@ -227,10 +239,10 @@ class Harness:
             planned = self.run(TESTS / "harness_launch.py", *words, env=env, cwd=cwd).check()
             plan = json.loads(planned.stdout.splitlines()[-1])
             if plan["torchrun"] is None:
-                return [self._fork(plan["argv"], plan["env"], cwd)]
+                return [self._fork(plan["argv"], plan["env"], cwd, pause_at=pause_at)]
             for local_rank in range(plan["torchrun"]["local_world_size"]):
                 given = torchrun_environment(local_rank, port, node, machines, **plan["torchrun"])
-                ranks.append(self._fork(plan["argv"], plan["env"] | given, cwd, machine.namespace))
+                ranks.append(self._fork(plan["argv"], plan["env"] | given, cwd, machine.namespace, pause_at))
         return ranks
 
     def command(self, *argv, env=None, cwd=REPOSITORY, timeout=300):
@@ -270,13 +282,14 @@ class Harness:
         count = ["--num_processes", num_processes] if num_processes else []
         return self.start_command(*launcher, *count, script, *args, **options)
 
-    def _fork(self, argv, env, cwd, namespace=None):
+    def _fork(self, argv, env, cwd, namespace=None, pause_at=None):
         argv = [str(word) for word in argv]
         stdout_path, stderr_path = self._output_files()
         files = {"stdout": str(stdout_path), "stderr": str(stderr_path)}
-        pid = self._ask({"argv": argv, "env": env, "cwd": str(cwd), "namespace": namespace, **files})
-        name = Path(argv[0]).name
-        return self._remember(Running(name, pid, lambda: self._ask({"poll": pid}), stdout_path, stderr_path))
+        place = {"cwd": str(cwd), "namespace": namespace}
+        pid = self._ask({"argv": argv, "env": env, "pause_at": pause_at, **place, **files})
+        poll, pauses = lambda: self._ask({"poll": pid}), pause_at is not None
+        return self._remember(Running(Path(argv[0]).name, pid, poll, stdout_path, stderr_path, pauses))
 
     def _ask(self, request):
         if self._server is None:

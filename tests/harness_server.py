@@ -69,8 +69,8 @@ def serve(requests, answers):
     """Answer requests until they end.
 
     Args:
-        requests: text file of {"argv", "env", "cwd", "stdout", "stderr", "namespace"} (run it; the answer is its pid)
-            and {"poll": pid} (the answer is its exit code, negative for a signal, or null while it runs).
+        requests: text file of {"argv", "env", "cwd", "stdout", "stderr", "namespace", "pause_at"} (run it; the answer
+            is its pid) and {"poll": pid} (the answer is its exit code, negative for a signal, or null while it runs).
         answers: text file for the answers.
     Returns:
         The request, in the forked process that is to run it; None in the server, at the end.
@@ -94,7 +94,7 @@ def serve(requests, answers):
     return None
 
 
-def run_script(argv, env, cwd, stdout, stderr, namespace):
+def run_script(argv, env, cwd, stdout, stderr, namespace, pause_at):
     """Become `python script arguments...` with exactly this environment, folder, output files and network."""
     import numpy
     import torch
@@ -120,6 +120,8 @@ def run_script(argv, env, cwd, stdout, stderr, namespace):
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
     numpy.random.seed()  # otherwise all forks would draw the same numbers, and hide a seed that is missing
 
+    if pause_at is not None:
+        pause_after_step(pause_at)
     sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     sys.excepthook = print_exception
@@ -139,6 +141,21 @@ def run_script(argv, env, cwd, stdout, stderr, namespace):
     except KeyboardInterrupt:
         exit_code = None  # Python ends by sending itself the signal
         raise
+
+
+def pause_after_step(step):
+    """Let this process stop itself, once, when it has logged the loss of this training step or a later one."""
+    from common.report import MetricsLog
+
+    write = MetricsLog.write
+
+    def write_and_pause(self, row):
+        write(self, row)
+        if self.is_main and "loss" in row and row["step"] >= step:
+            MetricsLog.write = write
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    MetricsLog.write = write_and_pause
 
 
 def skip_destruction():

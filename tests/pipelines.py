@@ -49,7 +49,7 @@ def command(model, corpus, cache, out, *flags, steps=10, dropout=0.0, layers=LAY
 
 def kill_and_continue(harness, words, out, config):
     """Kill all ranks of a run after step 7, and continue it from its last checkpoint."""
-    processes = harness.start_ranks(*words, config=config, num_processes=None)
+    processes = harness.start_ranks(*words, config=config, num_processes=None, pause_at=7)
     wait_for_step(processes[0], out, 7)
     for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none of them sees another die and ends by itself
         for process in processes:

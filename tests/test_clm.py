@@ -124,11 +124,11 @@ def test_stopped_and_continued_equals_uninterrupted(harness, tiny_corpus, cache,
     flags = ["--per_device_train_batch_size", 4, "--checkpointing_steps", 9]
     command = lambda out: causal_run(tiny_corpus, cache, tmp_path / out, *flags, steps=60)  # noqa: E731
     harness.run(*command("whole")).check()
-    process = harness.start(*command("cut"))
+    process = harness.start(*command("cut"), pause_at=12)
     wait_for_step(process, tmp_path / "cut", 12)
     process.kill_group()
     process.wait()
-    process = harness.start(*command("cut"), "--resume_from_checkpoint", "latest")
+    process = harness.start(*command("cut"), "--resume_from_checkpoint", "latest", pause_at=20)
     wait_for_step(process, tmp_path / "cut", 20)
     process.signal(signal.SIGTERM)
     process.wait().check(143)

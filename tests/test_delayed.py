@@ -148,9 +148,11 @@ def test_a_signal_to_one_stage_stops_all_after_the_same_step(harness, undisturbe
     """The first stage hears of the other's a step later; continued, it is as if there had been none."""
     out, config = tmp_path / "stopped", copy_of(CONFIG, tmp_path)
     words = command("bert", tiny_corpus, cache, out, dropout=0.1, steps=20)
-    processes = harness.start_ranks(*words, config=config, num_processes=None)
+    processes = harness.start_ranks(*words, config=config, num_processes=None, pause_at=3)
     wait_for_step(processes[0], out, 3)
     processes[rank].signal(signal.SIGTERM)
+    for process in processes:
+        process.signal(signal.SIGCONT)  # one of them paused
     assert {process.wait(timeout=60).returncode for process in processes} == {128 + signal.SIGTERM}
     launch(harness, [*words, "--resume_from_checkpoint", "latest"], config)
     assert_same_run(undisturbed, out)

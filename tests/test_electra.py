@@ -279,7 +279,7 @@ def test_it_learns_and_both_are_saved_as_stock(whole):
 
 def test_killed_and_continued(harness, whole, tiny_corpus, cache, out):
     words = command(tiny_corpus, cache, out)
-    process = harness.start(*words)
+    process = harness.start(*words, pause_at=13)
     wait_for_step(process, out, 13)
     process.kill_group()
     process.wait()

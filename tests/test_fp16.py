@@ -96,7 +96,7 @@ def test_the_scale_goes_on_where_it_was(harness, tiny_corpus, cache, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--hidden_dropout_prob", 0.1]
     harness.run(*command(tiny_corpus, cache, whole, *flags, steps=8)).check()
-    process = harness.start(*command(tiny_corpus, cache, killed, *flags, steps=8))
+    process = harness.start(*command(tiny_corpus, cache, killed, *flags, steps=8), pause_at=3)
     wait_for_step(process, killed, 3)
     process.signal(signal.SIGKILL)
     assert process.wait().returncode == -9

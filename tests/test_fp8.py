@@ -225,7 +225,7 @@ def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_pat
     flags = ["--hidden_dropout_prob", 0.1, "--checkpointing_steps", 3]
     in_fp8(harness, masked_run(tiny_corpus, cache, whole, *flags))
     words = masked_run(tiny_corpus, cache, killed, *flags)
-    (process,) = harness.start_ranks("tests/fp8_emulated.py", *words, config=YAML, num_processes=1)
+    (process,) = harness.start_ranks("tests/fp8_emulated.py", *words, config=YAML, num_processes=1, pause_at=7)
     wait_for_step(process, killed, 7)
     process.signal(signal.SIGKILL)
     assert process.wait().returncode == -9 and latest_checkpoint(killed)

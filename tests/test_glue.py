@@ -188,7 +188,7 @@ def test_stopped_and_killed_runs_continue_as_if_they_had_not_been(harness, whole
     flags = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4, "--checkpointing_steps", 3]
     words = command(checkpoint, rte, out, *flags, "--resume_from_checkpoint", "latest")
     for number, step in ((signal.SIGTERM, 5), (signal.SIGKILL, 12)):
-        process = harness.start(*words)
+        process = harness.start(*words, pause_at=step)
         wait_for_step(process, out, step)
         process.signal(number)
         process.wait()

@@ -110,6 +110,22 @@ def test_signals_reach_the_process_and_its_handlers(harness, script):
     assert running.wait().returncode == 143
 
 
+def test_a_pause_at_a_step_lasts_until_a_signal_which_arrives_at_that_step(harness, script, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    path = script(
+        f"""
+        from common.report import MetricsLog
+        for step in range(1, 6):
+            MetricsLog({str(log)!r}, is_main=True).write({{"step": step, "loss": 1.0}})
+        """
+    )
+    running = harness.start(path, pause_at=3)
+    assert wait_until(lambda: psutil.Process(running.pid).status() == psutil.STATUS_STOPPED)
+    assert len(log.read_text().splitlines()) == 3 and running.poll() is None
+    running.signal(signal.SIGTERM)
+    assert running.wait().returncode == -signal.SIGTERM and len(log.read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_unhandled_signal_ends_the_process_as_it_ends_python(harness, script, number):
     running = harness.start(script("import time\nprint('ready', flush=True)\ntime.sleep(60)"))

@@ -190,7 +190,7 @@ def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_pat
     first, last = (sum(losses(whole)[step] for step in steps) for steps in (range(1, 6), range(56, 61)))
     assert last < first - 0.5, "it was meant to learn"
     words = small_run(tiny_corpus, cache, killed, *flags, steps=60)
-    process = harness.start(*words)
+    process = harness.start(*words, pause_at=20)
     wait_for_step(process, killed, 20)
     process.kill_group()
     process.wait()

@@ -218,7 +218,7 @@ def killed(harness, tiny_corpus, cache, tmp_path):
     """A run on one process that was killed after step 7, and its command line."""
     out = tmp_path / "killed"
     words = command("bert", tiny_corpus, cache, out, 1, *RESTART_FLAGS, "--overwrite_output_dir", dropout=0.1)
-    process = harness.start(*words, env=RESTART | {"TORCHELASTIC_RESTART_COUNT": "0"})
+    process = harness.start(*words, env=RESTART | {"TORCHELASTIC_RESTART_COUNT": "0"}, pause_at=7)
     wait_for_step(process, out, 7)
     process.signal(signal.SIGKILL)
     process.wait()

@@ -86,9 +86,10 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_continues_bit_for_bit(
     flags = ["--hidden_dropout_prob", 0.1]
     for rank in harness.launch(*command(tiny_corpus, cache, whole, *flags), config=config):
         rank.check()
-    ranks = harness.start_ranks(*command(tiny_corpus, cache, stopped, *flags), config=config)
+    ranks = harness.start_ranks(*command(tiny_corpus, cache, stopped, *flags), config=config, pause_at=1)
     wait_for_step(ranks[0], stopped, 1)
     ranks[victim].signal(signal.SIGTERM)
+    ranks[0].signal(signal.SIGCONT)  # it is the one that paused
     assert [rank.wait().returncode for rank in ranks] == [143, 143]
     assert latest_checkpoint(stopped).name == f"step_{max(losses(stopped))}" and max(losses(stopped)) < 20
     resumed = command(tiny_corpus, cache, stopped, *flags, "--resume_from_checkpoint", "latest")
@@ -99,7 +100,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_continues_bit_for_bit(
 
 def test_a_run_continues_on_another_number_of_processes(harness, single, tiny_corpus, cache, tmp_path):
     out = tmp_path / "mixed"
-    process = harness.start(*command(tiny_corpus, cache, out))
+    process = harness.start(*command(tiny_corpus, cache, out), pause_at=5)
     wait_for_step(process, out, 5)
     process.signal(signal.SIGTERM)
     assert process.wait().returncode == 143

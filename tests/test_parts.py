@@ -162,7 +162,7 @@ def test_a_stopped_run_continues(harness, small, on_one_process, tiny_corpus, ca
     out = tmp_path / "run"
     words = command(tiny_corpus, cache, out, small("fp16"), CUT[name])
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    ranks = harness.start_ranks(*words, config=config, num_processes=None)
+    ranks = harness.start_ranks(*words, config=config, num_processes=None, pause_at=4)
     wait_for_step(ranks[0], out, 4)
     ranks[0].signal(signal.SIGTERM)
     assert {rank.wait().returncode for rank in ranks} == {143}

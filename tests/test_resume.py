@@ -66,7 +66,7 @@ def test_killed_at_random_moments_and_continued(harness, whole, tiny_corpus, cac
 def test_killed_while_saving_and_continued(harness, whole, tiny_corpus, cache, out):
     """A checkpoint that was being written, or that was damaged afterwards, is passed over."""
     words = command(tiny_corpus, cache, out)
-    process = harness.start(*words)
+    process = harness.start(*words, pause_at=30)
     wait_for_step(process, out, 30)
     process.kill_group()
     process.wait()
@@ -81,7 +81,7 @@ def test_killed_while_saving_and_continued(harness, whole, tiny_corpus, cache, o
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits(harness, whole, tiny_corpus, cache, out, number, code):
-    process = harness.start(*command(tiny_corpus, cache, out))
+    process = harness.start(*command(tiny_corpus, cache, out), pause_at=20)
     wait_for_step(process, out, 20)
     process.signal(number)
     result = process.wait()
@@ -111,7 +111,7 @@ def test_muon_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     muon = ["--optimizer_type", "muon"]
     harness.run(*command(tiny_corpus, cache, whole, *muon, steps=60)).check()
-    process = harness.start(*command(tiny_corpus, cache, killed, *muon, steps=60))
+    process = harness.start(*command(tiny_corpus, cache, killed, *muon, steps=60), pause_at=20)
     wait_for_step(process, killed, 20)
     process.kill_group()
     process.wait()
@@ -132,7 +132,7 @@ def test_a_timed_run_continues_bit_for_bit_with_the_clock_replayed(harness, tiny
     harness.run(*small_run(tiny_corpus, cache, whole, *flags)).check()
     readings = np.fromfile(whole / "clock.f64")
     words = small_run(tiny_corpus, cache, killed, *flags, "--replay_clock", whole / "clock.f64")
-    process = harness.start(*words)
+    process = harness.start(*words, pause_at=12)
     wait_for_step(process, killed, 12)
     process.kill_group()
     process.wait()
@@ -204,7 +204,7 @@ def test_a_stop_between_two_logs_and_validations_changes_no_row(harness, tiny_co
     flags = ["--logging_steps", 7, "--eval_steps", 1]
     harness.run(*small_run(tiny_corpus, cache, whole, *flags, steps=60)).check()
     words = small_run(tiny_corpus, cache, stopped, *flags, steps=60)
-    process = harness.start(*words)
+    process = harness.start(*words, pause_at=14)
     wait_for_step(process, stopped, 14)
     process.signal(signal.SIGTERM)
     assert process.wait().returncode == 143

@@ -20,7 +20,7 @@ def test_a_killed_run_continues_bit_for_bit(harness, tiny_corpus, cache, tmp_pat
     words = [command("bert", tiny_corpus, cache, out, case.readers, *flags, dropout=0.1) for out in (whole, killed)]
     launch(harness, name, tmp_path, words[0])
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    processes = harness.start_ranks(*words[1], config=config, num_processes=None)
+    processes = harness.start_ranks(*words[1], config=config, num_processes=None, pause_at=7)
     wait_for_step(processes[0], killed, 7)
     for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none of them sees another die and ends by itself
         for process in processes:
@@ -56,7 +56,7 @@ def test_a_run_continues_under_another_yaml(
     out = tmp_path / "run"
     config = fp32_copy(f"accelerate_configs/{first}.yaml", tmp_path)
     words = command("bert", tiny_corpus, cache, out, CASES[first].readers)
-    processes = harness.start_ranks(*words, config=config, num_processes=None)
+    processes = harness.start_ranks(*words, config=config, num_processes=None, pause_at=5)
     wait_for_step(processes[0], out, 5)
     processes[0].signal(signal.SIGTERM)
     assert {process.wait().returncode for process in processes} == {143}

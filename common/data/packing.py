@@ -214,6 +214,9 @@ class ConcatenatedRows:
         self.lengths = np.asarray(token_file.lengths, dtype=np.int64)
         self.stream_starts = np.concatenate([[0], np.cumsum(self.lengths + frame.size)])  # [n + 1]
         self.text_before = np.concatenate([[0], np.cumsum(self.lengths)])
+        # [R + 1]: the document in which each row begins; searching for it, row by row, would take a fifth of the time
+        begun = np.bincount(-(-self.stream_starts // seq_length), minlength=len(self) + 1)[: len(self) + 1]
+        self.first_documents = np.cumsum(begun) - 1
 
     def __len__(self):
         return int(self.stream_starts[-1]) // self.seq_length
@@ -224,8 +227,8 @@ class ConcatenatedRows:
 
     def text_tokens(self, rows, _keys=None):
         """[B] int64: tokens of text in each row."""
-        first = np.asarray(rows) * self.seq_length
-        return self._text_up_to(first + self.seq_length) - self._text_up_to(first)
+        rows = np.asarray(rows)
+        return self._text_before(rows + 1) - self._text_before(rows)
 
     def next_tokens(self, rows):
         """[B] int64: tokens in each row that another one follows."""
@@ -233,9 +236,10 @@ class ConcatenatedRows:
 
     def build(self, rows, _keys=None):
         """As DocumentRows.build; positions run through the row and document_ids are 1."""
-        starts = np.asarray(rows) * self.seq_length  # in the stream
-        first = np.searchsorted(self.stream_starts, starts, side="right") - 1
-        number = np.searchsorted(self.stream_starts, starts + self.seq_length) - first  # of documents in each row
+        rows = np.asarray(rows)
+        starts = rows * self.seq_length  # in the stream
+        first, following = self.first_documents[rows], self.first_documents[rows + 1]
+        number = following - first + (self.stream_starts[following] < starts + self.seq_length)  # of documents in each
         document = ranges(first, number)
         row_start = np.repeat(starts, number)
         begins, ends = self.stream_starts[document] - row_start, self.stream_starts[document + 1] - row_start
@@ -262,9 +266,9 @@ class ConcatenatedRows:
             "is_text": is_text.reshape(shape),
         }
 
-    def _text_up_to(self, place):
-        place = np.minimum(place, self.stream_starts[-1] - 1)
-        document = np.searchsorted(self.stream_starts, place, side="right") - 1
+    def _text_before(self, rows):
+        place = rows * self.seq_length
+        document = np.minimum(self.first_documents[rows], len(self.lengths) - 1)
         offset = place - self.stream_starts[document]
         leading = self.frame.first_id is not None
         return self.text_before[document] + np.clip(offset - leading, 0, self.lengths[document])

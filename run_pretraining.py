@@ -193,7 +193,7 @@ def check(model_args, data_args, args):
     corpus, *_ = prepare_rows(data_args, print)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
     parallel.check_cut(model.config, launch)
-    parallel.check_optimizer(launch.engine, build_optimizer(model, args))
+    parallel.check_optimizer(launch.engine, build_optimizer(model, args, launch.precision))
     return 0
 
 

@@ -28,8 +28,9 @@ class ChunkedLossMixin:
     """Gives a stock causal language model a forward pass that takes packed rows and returns the loss alone."""
 
     packs_documents = False  # rows hold several documents that must not see each other
+    draws_labels = True  # may take its loss at labels that it draws itself
 
-    def forward(self, input_ids, position_ids, document_ids, labels, weights, loss_denominator):
+    def forward(self, input_ids, position_ids, document_ids, labels, weights, loss_denominator, label_keys=None):
         """Loss of a micro-batch.
 
         Args:
@@ -37,12 +38,14 @@ class ChunkedLossMixin:
             labels: [B, S] int64: the next token; weights: [B, S] float32: 1, or 0 where there is none.
             loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
                 so that the mean over micro-batches is the loss of the global batch however it was cut.
+            label_keys: [B] int64, where labels are to be drawn, as head_loss.
         Returns:
             common.models.head_loss.HeadLoss.
         """
         mask = self._mask(document_ids)
         output = self.base_model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        return head_loss(self, output.last_hidden_state.flatten(0, 1), labels, weights, loss_denominator)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return head_loss(self, hidden, labels, weights, loss_denominator, label_keys)
 
     def _mask(self, document_ids):
         if not self.packs_documents and self.config._attn_implementation != "plain":

@@ -9,8 +9,8 @@ from common.report import save_figure
 TIMELINE, FIGURES = "timeline.png", "stages.json"
 STEPS_SHOWN = 4
 STAGE_LINE = (
-    "stage {stage}: {median_step_seconds:.3f} s a step, {bubble_share:.1%} of the time waiting or communicating "
-    "({idle_seconds:.2f} s + {communication_seconds:.2f} s), peak memory {peak_memory_gb:.2f} GB"
+    "process {process}, stage {stage}: {median_step_seconds:.3f} s a step, {bubble_share:.1%} of the time waiting or "
+    "communicating ({idle_seconds:.2f} s + {communication_seconds:.2f} s), peak memory {peak_memory_gb:.2f} GB"
 )
 COMPUTING = {"forward": "tab:blue", "backward": "tab:orange", "update": "tab:green"}
 COLORS = COMPUTING | {"communication": "tab:gray"}
@@ -28,7 +28,8 @@ def write_stage_report(folder, every, title):
     rows = [_figures(process, *spans) for process, spans in zip(every, gaps, strict=True)]
     updates = [one.end for one in every[0]["passes"] if one.kind == "update"]
     begin = updates[-STEPS_SHOWN - 1] if len(updates) > STEPS_SHOWN else 0.0
-    for row, process in zip(rows, every, strict=True):
+    for number, (row, process) in enumerate(zip(rows, every, strict=True)):
+        row["process"] = number
         row["last_passes"] = [one._asdict() for one in process["passes"] if one.end > begin]
     (folder / FIGURES).write_text(json.dumps(rows, indent=1) + "\n")
     _draw(folder / TIMELINE, every, [communicating for _, communicating in gaps], begin, title)

@@ -486,24 +486,26 @@ def test_the_first_plans_are_run(harness, tiny_corpus, tmp_path):
 
 def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("import sys\nsys.exit('error: cannot read no.txt: name a text')\n")
     (plan,) = (p for p in candidates(WORKLOAD, HARDWARE, 1, 2, most_rows=2) if p.rows == 2 and not p.recompute)
     with pytest.raises(UserError, match="1_data_parallel_1x1/log.txt ended with code .*no.txt") as caught:
-        measure(plan, 1, "run_pretraining.py --model_size tiny", HARDWARE, ["--train_file", "no.txt"])
+        measure(plan, 1, f"{tmp_path / 'broken.py'} --model_size tiny", HARDWARE, ["--train_file", "no.txt"])
     assert "\n" not in str(caught.value)
 
 
 # ---- The script -----------------------------------------------------------------------------------------------
 
 
-def test_this_machine_is_measured_and_planned_with(harness, tmp_path):
+def test_this_machine_is_measured_and_planned_with(capsys, tmp_path):
     path = tmp_path / "hardware.yaml"
     words = ["tiny", 2, 4, 8, 32, "--profile", "--hardware", path, "--train_batch_size", 16, "--schedule", "1f1b"]
-    ran = harness.command("bash", "scripts/plan.sh", *words).check()
+    main([str(word) for word in words])
+    printed = capsys.readouterr().out
     hardware = read_hardware(path)
     assert hardware.far is None and hardware.memory > 0.1 and hardware.flops > 1e6
     assert (hardware.near is None) == (hardware.devices_per_machine == 1)
-    assert path.read_text() in ran.stdout
-    _, *table, command = [line.split() for line in ran.stdout.splitlines() if line.startswith("  ")]
+    assert path.read_text() in printed
+    _, *table, command = [line.split() for line in printed.splitlines() if line.startswith("  ")]
     assert {row[0] for row in table} <= {"1f1b", "data"} and len(table) == 2
     assert command[:2] == ["accelerate", "launch"]
 

@@ -10,7 +10,6 @@ def recompute_layers(model):
         UserError: a family whose layers transformers cannot recompute.
     """
     if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"--gradient_checkpointing: transformers has none for a {model.config.model_type}: drop the flag"
-        )
+        kind = model.config.model_type
+        raise UserError(f"--gradient_checkpointing: transformers has none for the layers of {kind}: drop the flag")
     model.gradient_checkpointing_enable()

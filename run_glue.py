@@ -31,6 +31,7 @@ from common.eval_plot import write_eval_plot
 from common.glue_arguments import parse_glue_arguments
 from common.limits import due
 from common.models.classifier import build_classifier
+from common.models.recompute import recompute_layers
 from common.optimizers import build_optimizer
 from common.parallel.state import load_training_state, save_training_state
 from common.predictions import predict, score, write_predictions
@@ -75,7 +76,7 @@ def main():
     train = encode(splits.train) if args.do_train else None
     validation = {suffix: encode(examples) for suffix, examples in splits.validation.items()}
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_layers(model)
     say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters; task {task.name}")
     look = partial(predict, accelerator, batch_size=args.per_device_eval_batch_size, rank=rank, ranks=ranks)
 

@@ -39,6 +39,7 @@ from common.models.families import judges_tokens
 from common.models.layers import use_attention
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.mlm import build_mlm_model
+from common.models.recompute import recompute_layers
 from common.optimizers import build_optimizer
 from common.parallel.state import plain_model
 from common.report import ELECTRA, MASKED
@@ -85,7 +86,7 @@ def main():
     masking = Masking.for_tokenizer(corpus.tokenizer, **chosen)
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_layers(model)
     config, parameters = model.config, model.num_parameters()
     compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside

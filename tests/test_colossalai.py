@@ -92,7 +92,9 @@ def test_gemini_equals_low_level_zero(ran, shows, name, model):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_under_gemini(ran, family):
-    flags = ["--model_type", family, "--max_train_steps", 3, "--gradient_checkpointing"]
+    flags = ["--model_type", family, "--max_train_steps", 3]
+    if family != "albert":  # whose layers transformers does not recompute
+        flags.append("--gradient_checkpointing")
     mine, theirs = (ran(name, *flags, model="bert") for name in ("colossalai_gemini", "colossalai_zero2"))
     assert losses(mine) == pytest.approx(losses(theirs), abs=BOUND)
 

@@ -45,7 +45,7 @@ ENTRIES = {  # name: (more flags, the learning rates to begin with)
     "adafactor": ("", (1e-2, 3e-2, 1e-1)),
     "shampoo": ("--optimizer_args preconditioning_compute_steps=10", (3e-2, 1e-1, 3e-1)),
     "soap": ("--optimizer_args max_precondition_dim=1024", (1e-3, 3e-3, 1e-2)),
-    "sophia": ("", (1e-3, 3e-3, 1e-2)),
+    "sophia": ("", (3e-4, 1e-3, 3e-3)),
     "schedulefree": (CONSTANT, (3e-3, 1e-2, 3e-2)),
 }
 FACTOR, MOST_MORE = 3, 2  # a grid grows by this factor, at most so often

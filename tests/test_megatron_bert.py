@@ -106,16 +106,26 @@ def test_the_script_gives_the_recipe(shell):
 
 def test_the_pipelines_yaml_is_the_scripts_recipe_with_sentence_order(shell, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    _, launch = shell.run("336m", "pile/train", "zero2", "--sentence_objective", "sop")
+    _, launch = shell.run("336m", "pile/train", "zero2")
     of_script = launch["argv"][launch["argv"].index(str(shell.repository / "run_pretraining.py")) + 1 :]
     pipeline = read_pipeline(REPOSITORY / "configs" / "megatron-bert-large.yaml")
     stages = {stage.name: " ".join(map(str, stage.commands)) for stage in plan(pipeline, Path("runs/x"))}
-    of_yaml = stages["pretrain"].partition("run_pretraining.sh")[2].split()[4:]
+    *_, data, flags = stages["pretrain"].partition("run_pretraining.sh")[2].split(maxsplit=4)
+    of_yaml = ["--dataset_path", data, *flags.split()]
     settings = [
         {name: value for group in parse_pretraining_arguments(argv)[:3] for name, value in vars(group).items()}
         for argv in (of_script, of_yaml)
     ]
-    where = {"dataset_path", "tokenizer_name", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    objectives = [found.pop("sentence_objective") for found in settings]
+    assert objectives == ["none", "sop"]
+    where = {
+        "dataset_path",
+        "dataset_name",
+        "tokenizer_name",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+    }
     cut = {"per_device_train_batch_size", "auto_find_batch_size", "lr_schedule", "check_arguments"}
     theirs, ours = ({n: v for n, v in found.items() if n not in where | cut} for found in settings)
     assert ours == theirs

@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from common.data.batches import Masking, TrainBatches
 from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
 from common.models.mlm import build_mlm_model
-from common.optimizers import build_optimizer
+from common.optimizers import build_optimizer, estimates_curvature
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.unigram import start_from_frequencies
 
@@ -81,6 +82,10 @@ def start(flags):
     if model_args.init_output_bias == "unigram":
         start_from_frequencies(model, corpus.train)
     optimizer = build_optimizer(model, args)
+    if estimates_curvature(optimizer):
+        sys.exit(
+            f"error: --optimizer_type {args.optimizer_type} wants estimates between the steps, which are not made here"
+        )
     curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
     factor = partial(learning_rate_factor, warmup_proportion=args.warmup_proportion, **curve)
     scheduler = LRScheduler(optimizer, factor)

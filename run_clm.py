@@ -49,6 +49,7 @@ from common.models.causal import (
 )
 from common.models.footprint import optimizer_state
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
+from common.models.recompute import recompute_layers
 from common.optimizers import OPTIMIZERS, build_optimizer
 from common.report import CAUSAL, write_all_results
 from common.resume import resume_settings
@@ -108,7 +109,7 @@ def main():
     model = build_causal_lm(model_args, data_args, config, parallel.loader(accelerator), parallel.builder(accelerator))
     set_attention(model, workload.attention)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_layers(model)
     parameters, flops = model.num_parameters(), causal_flops(model, data_args.block_size)
     compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside

@@ -31,6 +31,7 @@ from common.eval_plot import write_eval_plot
 from common.glue_arguments import parse_glue_arguments
 from common.limits import due
 from common.models.classifier import build_classifier
+from common.models.recompute import recompute_layers
 from common.optimizers import build_optimizer
 from common.parallel.state import load_training_state, save_training_state
 from common.predictions import predict, score, write_predictions
@@ -63,7 +64,8 @@ def main():
     rank, ranks = parallel.data_rank(accelerator)
 
     # ---- Data, model -----------------------------------------------------------------------------
-    task, splits, model, tokenizer = load(model_args, data_args, args)
+    how = {"load": parallel.loader(accelerator), "build": parallel.builder(accelerator)}
+    task, splits, model, tokenizer = load(model_args, data_args, args, how if args.do_train else {})
     encode = partial(
         encode_examples,
         task=task,
@@ -74,7 +76,7 @@ def main():
     train = encode(splits.train) if args.do_train else None
     validation = {suffix: encode(examples) for suffix, examples in splits.validation.items()}
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_layers(model)
     say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters; task {task.name}")
     look = partial(predict, accelerator, batch_size=args.per_device_eval_batch_size, rank=rank, ranks=ranks)
 
@@ -244,21 +246,23 @@ def check(model_args, data_args, args):
     parallel.check_micro_batches(launch.pipe, *cut)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    _, _, model, _ = load(model_args, data_args, args)
+    _, _, model, _ = load(model_args, data_args, args, {})
     parallel.check_cut(model.config, launch)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 
 
-def load(model_args, data_args, args):
+def load(model_args, data_args, args, how):
     """The task, its rows, and the model and tokenizer for it.
 
+    Args:
+        how: as build_classifier's load and build; a model that is only judged is there whole.
     Returns:
         (Task, Splits, model, tokenizer).
     """
     task, splits = read_splits(data_args, args, model_args.cache_dir)
     set_seed(args.seed)  # of the head
-    model = build_classifier(model_args, task, trained_head=not args.do_train)
+    model = build_classifier(model_args, task, trained_head=not args.do_train, **how)
     name = model_args.tokenizer_name or tokenizer_of(model_args.model_name_or_path)
     tokenizer = load_tokenizer(name, model_args.cache_dir, model_args.trust_remote_code)
     if model.config.max_position_embeddings < data_args.max_seq_length:

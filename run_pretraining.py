@@ -39,6 +39,7 @@ from common.models.families import judges_tokens
 from common.models.layers import use_attention
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.mlm import build_mlm_model
+from common.models.recompute import recompute_layers
 from common.optimizers import build_optimizer
 from common.parallel.state import plain_model
 from common.report import ELECTRA, MASKED
@@ -76,14 +77,16 @@ def main():
     corpus, shorter, rows, eval_rows = parallel.main_first(accelerator, partial(prepare_rows, data_args, say))
     flags = ("mlm_probability", "final_mlm_probability", "masking", "mask_replace_prob", "random_replace_prob")
     set_seed(args.seed)
-    model = build_mlm_model(model_args, data_args, corpus.tokenizer)
+    begin = None
+    if model_args.init_output_bias == "unigram":
+        begin = partial(start_from_frequencies, token_file=corpus.train)
+    how = {"load": parallel.loader(accelerator), "build": parallel.builder(accelerator), "begin": begin}
+    model = build_mlm_model(model_args, data_args, corpus.tokenizer, **how)
     chosen = {name: getattr(data_args, name) for name in flags} | {"judges_tokens": judges_tokens(model.config)}
     masking = Masking.for_tokenizer(corpus.tokenizer, **chosen)
     eval_batches = EvalBatches(eval_rows, masking, data_args.max_eval_samples, args.per_device_eval_batch_size, **here)
-    if model_args.init_output_bias == "unigram" and not model_args.model_name_or_path:
-        start_from_frequencies(model, corpus.train)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_layers(model)
     config, parameters = model.config, model.num_parameters()
     compiling = parallel.compiles(accelerator, args.torch_compile)
     if compiling:  # before it is wrapped, so that what a strategy does around it stays outside
@@ -191,7 +194,7 @@ def check(model_args, data_args, args):
     corpus, *_ = prepare_rows(data_args, print)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
     parallel.check_cut(model.config, launch)
-    parallel.check_optimizer(launch.engine, build_optimizer(model, args))
+    parallel.check_optimizer(launch.engine, build_optimizer(model, args, launch.precision))
     return 0
 
 

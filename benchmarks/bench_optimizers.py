@@ -27,9 +27,11 @@ from benchmarks.results import FOLDER, write_results
 from benchmarks.search_defaults import make_step, start
 from common import parallel
 from common.arguments import parse_pretraining_arguments
+from common.curvature import Curvature
 from common.data.batches import EvalBatches, Masking
 from common.data.packing import Frame, build_rows
 from common.data.prepare import prepare_corpus
+from common.optimizers import estimates_curvature
 from common.training import evaluate, judged_weights
 
 MODEL = "--num_hidden_layers 2 --hidden_size 128 --num_attention_heads 2 --intermediate_size 512 --max_seq_length 64"
@@ -43,6 +45,7 @@ ENTRIES = {  # name: (more flags, the learning rates to begin with)
     "adafactor": ("", (1e-2, 3e-2, 1e-1)),
     "shampoo": ("--optimizer_args preconditioning_compute_steps=10", (3e-2, 1e-1, 3e-1)),
     "soap": ("--optimizer_args max_precondition_dim=1024", (1e-3, 3e-3, 1e-2)),
+    "sophia": ("", (3e-4, 1e-3, 3e-3)),
     "schedulefree": (CONSTANT, (3e-3, 1e-2, 3e-2)),
 }
 FACTOR, MOST_MORE = 3, 2  # a grid grows by this factor, at most so often
@@ -63,6 +66,9 @@ class Racer:
     def __post_init__(self):
         self.model, optimizer, self.scheduler, self.batches, self.args = start(self.flags)
         self.optimizer = self.race.accelerator.prepare_optimizer(optimizer)
+        if estimates_curvature(optimizer):
+            curvature = Curvature(self.race.accelerator, self.model, self.optimizer, self.args.seed)
+            self.batches = curvature.before_steps(self.batches, 0)
 
     @property
     def tokens(self):

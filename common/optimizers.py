@@ -20,6 +20,7 @@ from common.optim.library import (
     why_not_train,
 )
 from common.optim.muon import Muon
+from common.optim.sophia import Sophia
 from common.plugins import is_plugin, load_plugin
 
 OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (params, lr, ...)
@@ -28,6 +29,7 @@ OPTIMIZERS = {  # to add one: a name, and a class whose constructor takes (param
     "sgd": torch.optim.SGD,
     "lamb": Lamb,
     "muon": Muon,  # for the matrices of the layers, AdamW for the rest
+    "sophia": Sophia,  # whose curvature common/curvature.py estimates
 }
 # Constructor arguments that have a flag of their own and therefore are not for --optimizer_args.
 FLAGS = {
@@ -37,6 +39,7 @@ FLAGS = {
     "eps": "--adam_epsilon",
 }
 OF_ADAM = ("betas", "eps")
+ESTIMATED = "fp32", "no", "bf16"  # precisions in which no scale is on the gradients
 
 
 def build_optimizer(
@@ -45,15 +48,16 @@ def build_optimizer(
     """Make the optimizer that the arguments name, over the parameters of the model that are trained.
 
     Of the four settings that have flags, each goes only to a class that takes it. Not taking adam_beta1/2 and
-    adam_epsilon is normal for what is not an Adam, and classes of pytorch_optimizer keep their own unless
+    adam_epsilon is normal for what is not an Adam, and classes of pytorch_optimizer and Sophia keep their own unless
     optimizer_args says otherwise; not taking a weight decay that is set is an error.
 
     Args:
         model: the parameters may be on any device; they may still be moved before the first step.
         args: optimizer_type, optimizer_args (list of "key=value"), learning_rate, weight_decay, adam_beta1,
             adam_beta2, adam_epsilon, lr_scheduler_type.
-        precision: of the run's matrix products, "fp32", "bf16", "fp16" or "fp8"; one of ours may have some itself.
-        trial: whether a class of the library is tried out.
+        precision: of the run's matrix products, "fp32" (or "no"), "bf16", "fp16" or "fp8"; one of ours may have some
+            itself.
+        trial: whether a class of the library is tried out, and one that wants curvature may lack it here.
     Raises:
         UserError: unknown name, a class that cannot be imported or trained with, or arguments that it does not take.
     """
@@ -65,6 +69,8 @@ def build_optimizer(
             f"--lr_scheduler_type {args.lr_scheduler_type}: {optimizer_class.__name__} averages the weights in place "
             "of lowering the rate: give --lr_scheduler_type constant (after the warm-up)"
         )
+    if trial and estimates_curvature(optimizer_class) and (reason := _why_no_estimate(model, precision)):
+        raise UserError(f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} {reason}")
     accepted = _accepted_arguments(optimizer_class)
     of_flags = accepted & FLAGS.keys() - _left_to_class(optimizer_class)
     betas = (args.adam_beta1, args.adam_beta2)
@@ -94,6 +100,22 @@ def build_optimizer(
     if trial and is_of_library(optimizer_class) and (reason := why_not_train(make, groups)):
         raise UserError(f"--optimizer_type {args.optimizer_type}: {optimizer_class.__name__} {reason}")
     return optimizer
+
+
+def estimates_curvature(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer, or a class of them, wants gradients at drawn labels, too; see common/curvature.py."""
+    return hasattr(optimizer, "update_curvature")
+
+
+def _why_no_estimate(model, precision):
+    if not getattr(model, "draws_labels", False):
+        return (
+            "draws labels from one softmax over the vocabulary, of masked or of next tokens, and this loss has "
+            "others: give --optimizer_type adamw, or drop --sentence_objective where there is one"
+        )
+    if precision not in ESTIMATED:
+        return f"squares gradients, which {precision} scales: give --bf16 or --fp32"
+    return None
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, matrices_apart: bool = False) -> list[dict]:
@@ -319,7 +341,7 @@ def _accepted_arguments(optimizer_class: type) -> set[str]:
 
 def _left_to_class(optimizer_class):
     """Which of OF_ADAM are a class's own affair: the library's mean other things by them, others take other forms."""
-    if is_of_library(optimizer_class):
+    if is_of_library(optimizer_class) or getattr(optimizer_class, "own_betas_and_eps", False):
         return set(OF_ADAM)
     parameters = inspect.signature(optimizer_class).parameters
     own = {name: parameters[name].default for name in OF_ADAM if name in parameters}

@@ -11,8 +11,10 @@ from functools import partial
 from common import parallel, run_folder
 from common.checkpoint import read_state, save_checkpoint
 from common.clock import BudgetClock
+from common.curvature import Curvature
 from common.curve_files import chosen_curve
 from common.limits import WARM_UP_STEPS, Limits, due
+from common.optimizers import estimates_curvature
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
 from common.report import MetricsLog, write_all_results
@@ -73,6 +75,8 @@ class Run:
         self.validation_owed, self.last_saved, self.evaluation = False, None, None
         self.loss_now, self.speed = None, None
         self.average = WeightAverage(accelerator, model, ema_decay) if ema_decay else None
+        estimated = estimates_curvature(optimizer.optimizer)
+        self.curvature = Curvature(accelerator, model, optimizer, args.seed) if estimated else None
         self._continue(parallel.on_main(accelerator, lambda: run_folder.open_run_folder(output_dir, args, settings)))
         self.reason = self.limits.reached
 
@@ -108,6 +112,7 @@ class Run:
         self.eval_batches, self.tokenizer, self.meter, self.cap = eval_batches, tokenizer, meter, cap
         self.batches = batches
         self.bar, self.compiling = Progress(self.accelerator.is_main_process, label), compiling
+        estimated = self.curvature.before_steps if self.curvature else lambda stream, _: stream
         self.lr_scheduler.step(self.limits.schedule_progress)
         self.stop.listen()  # from here on a signal waits for the end of a step
         self.clock.start()
@@ -119,7 +124,7 @@ class Run:
             self.validate()
         if not self.reason:
             with contextlib.closing(iter(batches)) as stream:
-                for item in stream:
+                for item in estimated(stream, self.state.completed_steps):
                     yield item
                     if self.reason:
                         break

@@ -121,8 +121,9 @@ class TrainingArguments(LaunchArguments):
     # ---- optimizer
     optimizer_type: str = HfArg(
         default="muon",
-        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, another of torch.optim "
-        "or pytorch_optimizer (lion, soap, shampoo, schedulefree, ...), or a class as file.py:Class or module:Class.",
+        help="muon (the layers' matrices by Muon, the rest by AdamW), adamw, adam, sgd, lamb, sophia, another of "
+        "torch.optim or pytorch_optimizer (lion, soap, shampoo, schedulefree, ...), or a class as file.py:Class or "
+        "module:Class.",
     )
     optimizer_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments of the optimizer, as key=value."}
@@ -130,7 +131,8 @@ class TrainingArguments(LaunchArguments):
     learning_rate: float = HfArg(default=2e-3, aliases=["--lr"], help="Peak learning rate.")
     weight_decay: float = HfArg(default=0.01, help="Not on biases and norms.")
     adam_beta1: float = HfArg(
-        default=0.9, help="Decay of the first moment (not for classes of pytorch_optimizer, which keep their own)."
+        default=0.9,
+        help="Decay of the first moment (not for sophia and classes of pytorch_optimizer, which keep their own).",
     )
     adam_beta2: float = HfArg(default=0.98, help="Decay of the second moment (the same).")
     adam_epsilon: float = HfArg(default=1e-6, aliases=["--adam_eps"], help="Added to the denominator (the same).")

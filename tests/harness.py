@@ -155,14 +155,9 @@ def wait_all(processes, timeout=300):
 
 
 class Harness:
-    """Starts processes; one object for each pytest worker, made by the `harness` fixture.
+    """Starts processes; one object for each pytest worker, made by the `harness` fixture."""
 
-    Args:
-        imports: modules that the warm parent is to import besides.
-    """
-
-    def __init__(self, *imports):
-        self._imports = imports
+    def __init__(self):
         self._folder = Path(tempfile.mkdtemp(prefix="frugal-tests-"))
         self._server, self._count, self._started = None, 0, []
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # tests run in a background job: children inherit it
@@ -305,7 +300,7 @@ class Harness:
     def _start_server(self):
         with open(self._folder / "server.log", "w") as log:
             self._server = subprocess.Popen(
-                [sys.executable, TESTS / "harness_server.py", *self._imports],
+                [sys.executable, TESTS / "harness_server.py"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

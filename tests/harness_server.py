@@ -28,8 +28,8 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 exit_code = None  # of the script in this fork, once it has ended; None where Python is to end in its own way
 
 
-def import_libraries(others):
-    """Import the entry scripts with all that they need, what they import when they need it, and others by name."""
+def import_libraries():
+    """Import the entry scripts with all that they need, and what they import when they need it."""
     import accelerate.commands.launch  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
@@ -45,6 +45,8 @@ def import_libraries(others):
         os.environ["DS_ACCELERATOR"] = "cpu"
         importlib.import_module("common.parallel.zero")
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch's compiler
+        for name in ("common.parallel.colossalai", "common.parallel.colossalai_cpu"):  # which replaces nothing yet
+            importlib.import_module(name)
 
     for name in (
         "AutoModelForCausalLM",
@@ -57,8 +59,6 @@ def import_libraries(others):
         "PreTrainedTokenizerFast",
     ):
         getattr(transformers, name)  # transformers imports its modules at their first use
-    for name in others:
-        importlib.import_module(name)
 
     threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
     if threads != 1 or torch.cuda.is_initialized():
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     atexit.register(skip_destruction)
     answers = os.fdopen(os.dup(1), "w")  # os.dup makes it private to this process and its forks
     os.dup2(2, 1)  # what an import prints goes to the log, not among the answers
-    import_libraries(sys.argv[1:])
+    import_libraries()
     gc.collect()
     gc.freeze()  # forks share these objects' memory as long as the collector does not write to them
     sys.stdout.flush()

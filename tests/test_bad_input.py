@@ -95,6 +95,11 @@ def test_a_launchers_precision_is_not_contradicted(harness, tiny_corpus, cache, 
     assert results_of_ranks[1].stderr.strip() == "", "one process says it"
 
 
+def test_layers_that_transformers_does_not_recompute(harness, tiny_corpus, cache, out):
+    words = train_on(tiny_corpus, cache, out, "--model_type", "albert", "--gradient_checkpointing")
+    refuse(harness, words, "--gradient_checkpointing", "albert")
+
+
 def test_weights_that_cannot_be_used(harness, tiny_corpus, cache, tmp_path, out):
     base = [SMALL[i] for i in range(8, len(SMALL))]  # without the shape
     words = ["run_pretraining.py", *base, "--train_file", tiny_corpus, "--cache_dir", cache, "--output_dir", out]

@@ -24,8 +24,8 @@ from common.convert_checkpoint import convert, find_checkpoint
 from common.data.batches import Masking
 from common.data.masking import random_bits
 from common.errors import UserError
-from common.models.electra import gumbel_noise, sample_tokens
 from common.models.mlm import build_mlm_model
+from common.models.sampling import gumbel_noise, sample_tokens
 from pretraining import assert_same_run, fp32_copy, losses, results, small_run, wait_for_step
 from strategies import launch
 

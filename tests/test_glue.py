@@ -362,6 +362,7 @@ def test_a_checkpoint_in_training(harness, checkpoint, rte, tmp_path):
             "scores.tsv, line 2: score '5.5' is not a number in [0, 5]",
         ),
         ("--task_name qnli", "train.tsv: has no column 'question'"),
+        ("--optimizer_type sophia", "--optimizer_type sophia: Sophia draws labels from one softmax"),
         ("--save_strategy often", "--save_strategy often is unknown: choose one of no, steps, epoch"),
     ],
 )

@@ -40,7 +40,6 @@ REFUSED = {  # a word of the reason
     "scalableshampoo": "checkpoints do not hold",
     "scion": "checkpoints do not hold",
     "scionlight": "checkpoints do not hold",
-    "sophia": "second derivatives",
     "sophiah": "second derivatives",
     "spectralsphere": "2D",
     "wsam": "no argument lr",
@@ -64,6 +63,7 @@ def build(model, name, **changes):
         ("schedule-free-adamw", "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeAdamW"),
         ("adafactor", "torch.optim.Adafactor"),  # torch's comes first
         ("muon", "common.optim.muon.Muon"),  # and ours before it
+        ("sophia", "common.optim.sophia.Sophia"),
     ],
 )
 def test_a_name_means_ours_then_torchs_then_the_librarys(name, kind):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from common.arguments import parse_pretraining_arguments
 from common.models.footprint import parameter_count
 from common.models.mlm import build_mlm_model
 from common.models.presets import SIZES_BY_TYPE
+from common.pipeline.config import read_pipeline
+from common.pipeline.plan import plan
 from harness import REPOSITORY
 from stub_shell import Shell, flag
 
@@ -99,6 +102,34 @@ def test_the_script_gives_the_recipe(shell):
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (training.weight_decay, training.max_grad_norm, training.num_warmup_steps) == (0.01, 1.0, 10000)
     assert training.max_train_steps == 10  # the user's own comes last
+
+
+def test_the_pipelines_yaml_is_the_scripts_recipe_with_sentence_order(shell, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    _, launch = shell.run("336m", "pile/train", "zero2")
+    of_script = launch["argv"][launch["argv"].index(str(shell.repository / "run_pretraining.py")) + 1 :]
+    pipeline = read_pipeline(REPOSITORY / "configs" / "megatron-bert-large.yaml")
+    stages = {stage.name: " ".join(map(str, stage.commands)) for stage in plan(pipeline, Path("runs/x"))}
+    *_, data, flags = stages["pretrain"].partition("run_pretraining.sh")[2].split(maxsplit=4)
+    of_yaml = ["--dataset_path", data, *flags.split()]
+    settings = [
+        {name: value for group in parse_pretraining_arguments(argv)[:3] for name, value in vars(group).items()}
+        for argv in (of_script, of_yaml)
+    ]
+    objectives = [found.pop("sentence_objective") for found in settings]
+    assert objectives == ["none", "sop"]
+    where = {
+        "dataset_path",
+        "dataset_name",
+        "tokenizer_name",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+    }
+    cut = {"per_device_train_batch_size", "auto_find_batch_size", "lr_schedule", "check_arguments"}
+    theirs, ours = ({n: v for n, v in found.items() if n not in where | cut} for found in settings)
+    assert ours == theirs
+    assert "--split_sentences true" in stages["data"]
 
 
 def test_the_script_names_what_is_wrong_and_helps(shell):

@@ -6,7 +6,7 @@ B rows, S tokens in a row, k targets in a row.
 import numpy as np
 
 REPLACED = 8, 1, 10  # of ten 8 become [MASK], 1 a random token, 1 stays as it is (Devlin et al. 2019, section 3.1)
-ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM, RUN_STREAM, PAIR_STREAM, SAMPLING_STREAM = range(6)
+ORDER_STREAM, CHOICE_STREAM, CORRUPTION_STREAM, RUN_STREAM, PAIR_STREAM, SAMPLING_STREAM, LABEL_STREAM = range(7)
 NOT_TEXT = np.uint32(2**32 - 1)  # above every score
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

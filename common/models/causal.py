@@ -16,6 +16,7 @@ from common.errors import UserError, first_line
 from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.presets import OPT_SIZES, opt_shape
+from common.models.whole import build_whole
 
 BLOCK_SIZE = 1024  # Hugging Face's default, where the model has as many positions
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
@@ -27,8 +28,9 @@ class ChunkedLossMixin:
     """Gives a stock causal language model a forward pass that takes packed rows and returns the loss alone."""
 
     packs_documents = False  # rows hold several documents that must not see each other
+    draws_labels = True  # may take its loss at labels that it draws itself
 
-    def forward(self, input_ids, position_ids, document_ids, labels, weights, loss_denominator):
+    def forward(self, input_ids, position_ids, document_ids, labels, weights, loss_denominator, label_keys=None):
         """Loss of a micro-batch.
 
         Args:
@@ -36,12 +38,14 @@ class ChunkedLossMixin:
             labels: [B, S] int64: the next token; weights: [B, S] float32: 1, or 0 where there is none.
             loss_denominator: scalar float32: the summed weight of the global batch over its number of micro-batches,
                 so that the mean over micro-batches is the loss of the global batch however it was cut.
+            label_keys: [B] int64, where labels are to be drawn, as head_loss.
         Returns:
             common.models.head_loss.HeadLoss.
         """
         mask = self._mask(document_ids)
         output = self.base_model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        return head_loss(self, output.last_hidden_state.flatten(0, 1), labels, weights, loss_denominator)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return head_loss(self, hidden, labels, weights, loss_denominator, label_keys)
 
     def _mask(self, document_ids):
         if not self.packs_documents and self.config._attn_implementation != "plain":
@@ -162,13 +166,13 @@ def row_length(config, block_size):
     return block_size
 
 
-def build_causal_lm(model_args, data_args, config, load, build=None):
+def build_causal_lm(model_args, data_args, config, load, build=build_whole):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args, data_args: common.clm_arguments; config: what causal_config returned, with its vocabulary fitted.
         load: what common.parallel.loader returned, or common.parallel.load_shapes; build: what common.parallel.builder
-            returned; None builds it whole.
+            returned.
     Returns:
         a stock transformers model whose forward is ChunkedLossMixin's; its numbers may come with prepare().
     Raises:
@@ -177,8 +181,7 @@ def build_causal_lm(model_args, data_args, config, load, build=None):
     if model_args.model_name_or_path:
         model = _load(load, model_args.model_name_or_path, data_args, config)
     else:
-        how = partial(build, AutoModelForCausalLM) if build else AutoModelForCausalLM.from_config
-        model = how(config, dtype=torch.float32)
+        model = build(partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32))
     stock = type(model)
     if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")

@@ -6,6 +6,7 @@ B rows, S positions, C classes (1 for a score), H hidden size.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from common.models.attention import compute_dtype
 from common.models.disentangled import Relative, encode, relative_positions
 from common.models.families import has_unknown_parts
 from common.models.layers import make_fast, use_attention
+from common.models.whole import build_whole, load_whole
 
 
 @dataclass
@@ -139,15 +141,16 @@ def _added_to_scores(attention_mask):
     return mask.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
-def build_classifier(args, task, trained_head=False):
+def build_classifier(args, task, trained_head=False, load=load_whole, build=build_whole):
     """Load a checkpoint's encoder and put a head for a task on it; with random weights where that is asked for.
 
     Args:
         args: model_name_or_path, random_weights, cache_dir, trust_remote_code, ignore_mismatched_sizes.
         task: common.data.glue.Task.
         trained_head: refuse a checkpoint that does not bring the task's head.
+        load, build: what common.parallel.loader and builder returned.
     Returns:
-        a stock transformers model whose forward is WeightedExamplesMixin's.
+        a stock transformers model whose forward is WeightedExamplesMixin's; its numbers may come with prepare().
     Raises:
         UserError: what cannot be loaded, or lacks a part of its encoder.
     """
@@ -159,15 +162,15 @@ def build_classifier(args, task, trained_head=False):
         config = AutoConfig.from_pretrained(args.model_name_or_path, cache_dir=args.cache_dir, **common, **names)
         config.problem_type = "single_label_classification" if task.labels else "regression"
         if args.random_weights:
-            model, missing = AutoModelForSequenceClassification.from_config(config, **common), []
+            model, missing = build(partial(AutoModelForSequenceClassification.from_config, config, **common)), []
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = load(
+                AutoModelForSequenceClassification,
                 args.model_name_or_path,
                 config=config,
                 cache_dir=args.cache_dir,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-                output_loading_info=True,
                 **common,
             )
             missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

@@ -15,17 +15,13 @@ import torch.nn.functional as F
 from transformers import AutoConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from common.errors import UserError
-from common.models.attention import compute_dtype
-from common.models.cross_entropy import chunk_size, even_slices
 from common.models.head_loss import HeadLoss, head_loss
 from common.models.presets import GENERATOR, GENERATOR_SIZE, electra_shape
+from common.models.sampling import sample_tokens
 
 GENERATOR_WEIGHT, DISCRIMINATOR_WEIGHT = 1.0, 50.0  # of the losses (section 3.2, and its authors' code)
 OF_GENERATOR = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 OF_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-BLOCK_NUMBERS = 1 << 17  # of noise, on a CPU: what they are made from stays in its cache
-# SplitMix64's numbers, as int64 has them
-GOLDEN, FIRST, SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def generator_config(config):
@@ -168,47 +164,3 @@ def split_weights(weights):
     if generator:
         generator |= {name: tensor for name, tensor in discriminator.items() if name.startswith(shared)}
     return discriminator, generator
-
-
-@torch.no_grad()
-def sample_tokens(hidden, weight, bias, keys):
-    """Draw a token at each position from the distribution that a linear layer gives it.
-
-    The largest of the logits and Gumbel noise is such a draw (Maddison et al. 2014, arXiv:1411.0030), and of all ways
-    the one that rounding changes least. Nothing is drawn from torch's generators.
-
-    Args:
-        hidden: [N, H]; weight: [V, H]; bias: [V]; under autocast the product runs in its precision.
-        keys: [N] int64: equal ones with equal logits draw the same.
-    Returns:
-        [N] int64.
-    """
-    compute, size = compute_dtype(hidden.device), chunk_size(len(weight), torch.float32)
-    block = max(1, BLOCK_NUMBERS // len(weight)) if hidden.device.type == "cpu" else size
-    weight, drawn = weight.to(compute), []
-    for here in even_slices(len(hidden), size):
-        logits, of_chunk = F.linear(hidden[here].to(compute), weight), keys[here]
-        for some in even_slices(len(logits), block):
-            noise = gumbel_noise(of_chunk[some], len(weight))
-            drawn.append(noise.add_(logits[some]).add_(bias).argmax(dim=-1))
-    return torch.cat(drawn)
-
-
-def gumbel_noise(keys, size):
-    """Gumbel noise that is a function of a key and a place alone, on every device.
-
-    Its bits are those of common.data.masking.random_bits, 31 of each number's.
-
-    Args:
-        keys: [N] int64; size: numbers of each.
-    Returns:
-        [N, size] float32.
-    """
-    bits = keys[:, None] + GOLDEN * torch.arange(1, (size + 1) // 2 + 1, device=keys.device)
-    for shift, factor in ((30, FIRST), (27, SECOND), (31, None)):
-        bits ^= (bits >> shift) & ((1 << (64 - shift)) - 1)  # without the copies of the sign
-        if factor:
-            bits *= factor
-    share = (bits.view(torch.int32)[:, :size] & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
-    # near 0 these numbers are exact, near 1 they are not: the largest noise comes from those near 0
-    return share.neg_().log1p_().neg_().log_().neg_()

@@ -41,6 +41,7 @@ class MaskedPositionsMixin:
     """Gives a stock masked-language model a forward pass that computes logits for the masked positions only."""
 
     packs_documents = True  # rows hold several documents that must not see each other
+    draws_labels = True  # may take its loss at labels that it draws itself
 
     def forward(self, **batch):
         """Loss of a micro-batch.
@@ -51,6 +52,7 @@ class MaskedPositionsMixin:
                 masked_weights: [B, k] float32: 1, or 0 for a position that only fills the shape.
                 loss_denominator: scalar float32: the summed weight of the global batch over its number of
                 micro-batches, so that the mean over micro-batches is the loss of the global batch however it was cut.
+                label_keys: [B] int64, where labels are to be drawn, as head_loss.
         Returns:
             HeadLoss; outside training with `losses` and `correct`, [B, k].
         """
@@ -84,7 +86,7 @@ class MaskedPositionsMixin:
     def _judge_all(self, hidden, batch):
         """HeadLoss of the encoder's output at the positions wanted, [B, N, H]."""
         targets = (batch[name] for name in ("masked_labels", "masked_weights", "loss_denominator"))
-        return head_loss(self, self._transform(hidden).flatten(0, 1), *targets)
+        return head_loss(self, self._transform(hidden).flatten(0, 1), *targets, batch.get("label_keys"))
 
     def _contexts(self, document_ids, position_ids, wanted):
         """What layers take beside their input: where all positions attend, and where those `wanted` [B, N] do."""
@@ -153,6 +155,8 @@ class AlbertMixin(MaskedPositionsMixin):
 class SentencePairsMixin(MaskedPositionsMixin):
     """Gives a stock model with two heads the same forward pass, and the loss of the head that judges pairs."""
 
+    draws_labels = False  # of two losses
+
     def forward(self, **batch):
         """Sum of the losses of a micro-batch, as in Devlin et al. 2019, appendix A.2.
 
@@ -210,6 +214,8 @@ class ElectraMixin(MaskedPositionsMixin):
 
 class ElectraPairMixin(ReplacedTokensMixin, ElectraMixin):
     """A discriminator with its generator."""
+
+    draws_labels = False  # of two losses
 
 
 class DebertaMixin(MaskedPositionsMixin):

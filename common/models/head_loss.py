@@ -6,6 +6,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from common.models.cross_entropy import linear_cross_entropy, linear_losses
+from common.models.sampling import random_bits, sample_tokens
 
 
 @dataclass
@@ -23,7 +24,7 @@ class HeadLoss(ModelOutput):
     token_correct: torch.BoolTensor | None = None
 
 
-def head_loss(model, hidden, labels, weights, loss_denominator):
+def head_loss(model, hidden, labels, weights, loss_denominator, label_keys=None):
     """Loss of a model's output embedding. B rows, k positions in each, H hidden size.
 
     Args:
@@ -31,10 +32,15 @@ def head_loss(model, hidden, labels, weights, loss_denominator):
         hidden: [B * k, H].
         labels: [B, k] int64; weights: [B, k] float32: 1, or 0 where nothing is predicted.
         loss_denominator: scalar float32.
+        label_keys: [B] int64: labels of each row that are drawn from the model itself take the place of `labels`, and
+            with what the model makes of the row depend on its key alone; None: they do not.
     Returns:
         HeadLoss.
     """
     head = model.get_output_embeddings()
+    if label_keys is not None:
+        keys = random_bits(label_keys, labels.shape[1]).flatten()
+        labels = sample_tokens(hidden, head.weight, head.bias, keys).view_as(labels)
     if model.training:
         # divided at the end: weights of 0 and 1 round nothing, in whatever precision the gradient of the logits is
         total = linear_cross_entropy(hidden, head.weight, head.bias, labels.flatten(), weights.flatten())

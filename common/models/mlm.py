@@ -19,28 +19,31 @@ from common.models.families import (
 )
 from common.models.layers import make_fast, use_attention
 from common.models.presets import MEGATRON_SIZES, deviation
+from common.models.whole import build_whole, load_whole
 
 LEAST_POSITIONS = 512  # what users of BERT expect to be able to feed it, whatever it was trained on
 MEGATRON_NORMS = {"layer_norm_eps": 1e-5}
 VOCAB_MULTIPLE = 64  # embedding rows: matrix units like round numbers
 
 
-def build_mlm_model(model_args, data_args, tokenizer):
+def build_mlm_model(model_args, data_args, tokenizer, load=load_whole, build=build_whole, begin=None):
     """Build the model of a run, with random weights or from existing ones.
 
     Args:
         model_args: common.arguments.ModelArguments.
         tokenizer: its size is the least vocabulary; its special ids go into the configuration.
         data_args: common.arguments.DataArguments, for the length of rows, how they are packed, and the objective.
+        load, build: what common.parallel.loader and builder returned.
+        begin: what is to be done to a model with random weights, in place; None: nothing.
     Returns:
         a stock transformers model whose forward is that of common/models/families.py, with sdpa attention until
-        use_attention.
+        use_attention; its numbers may come with prepare().
     Raises:
         UserError: a vocabulary or a sequence length that does not fit, weights that cannot be loaded.
     """
     max_seq_length, pairs = data_args.max_seq_length, data_args.sentence_objective != "none"
     if model_args.model_name_or_path:
-        model = _load(model_args, pairs)
+        model = _load(load, model_args, pairs)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
     else:
         family = FAMILIES[model_args.family]
@@ -57,12 +60,20 @@ def build_mlm_model(model_args, data_args, tokenizer):
         )
         wanted = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
         config.max_position_embeddings = wanted + first_position(config)
+        model_class = _trained_class(family, config.model_type, pairs)
+
+        def make():
+            model = model_class(config)
+            if of_megatron:
+                _shrink_last_projections(model)
+            if begin:
+                begin(model)
+            return model
+
         try:
-            model = _trained_class(family, config.model_type, pairs)(config)
+            model = build(make)
         except KeyError as error:
             raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
-        if of_megatron:
-            _shrink_last_projections(model)
         remedy = "give at least that many, or drop the flag"
     if model.config.vocab_size < (needed := vocabulary_size(tokenizer)):
         raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
@@ -90,7 +101,7 @@ def _trained_class(family, name, pairs):
     return family.pairs if pairs else family.model
 
 
-def _load(model_args, pairs):
+def _load(load, model_args, pairs):
     where = f"--model_name_or_path {model_args.model_name_or_path}"
     try:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -105,15 +116,16 @@ def _load(model_args, pairs):
             config.legacy = True
         options = {}
         if judges_tokens(config):
+            load = load_whole  # of a pair, which is compared
             options = {"generator_name_or_path": model_args.generator_name_or_path}
         elif changed := model_args.electra_flags:
             raise UserError(f"--{changed[0]} is for an electra, {where} is a {config.model_type}: drop one of them")
-        model, info = model_class.from_pretrained(
+        model, info = load(
+            model_class,
             model_args.model_name_or_path,
             config=config,
             dtype=torch.float32,
             key_mapping=family.renamed or None,
-            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, SafetensorError) as error:

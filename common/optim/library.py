@@ -11,11 +11,11 @@ import torch
 
 from common.errors import UserError
 
-ALIASES = {"schedulefree": "ScheduleFreeAdamW", "sophia": "SophiaH"}  # names that people say for a class's own
+ALIASES = {"schedulefree": "ScheduleFreeAdamW"}  # names that people say for a class's own
 SPLIT = ("AdaGO", "AdaMuon", "Muon", "NorMuon")  # want groups that say use_muon
 CURVATURE = (
     "estimates curvature by second derivatives, which the attention and the loss of these models do not have: "
-    "give --optimizer_type lion, soap or adamw"
+    "give --optimizer_type sophia, which needs none, or soap"
 )
 UNFIT = {
     "AdaHessian": CURVATURE,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from common.errors import UserError
 from common.memory_settings import giving_back_memory
@@ -63,12 +64,27 @@ with stand_ins():
     from colossalai.booster import Booster
     from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin, gemini_plugin
     from colossalai.legacy.utils import memory
-    from colossalai.logging import disable_existing_loggers
     from colossalai.nn.optimizer import HybridAdam
+    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
     from colossalai.zero.gemini import gemini_ddp, gemini_optimizer
 
 # A batch's only fractions are the weights of its losses, which stay in fp32.
 gemini_ddp._cast_float = lambda value, dtype: value
+
+
+def _without_views(after):
+    """What Gemini does after each operation on parameters, for one that has only given another view of them: a copy,
+    as the chunk in which they lie is gone when the view is looked at."""
+
+    def call(parameters, output):
+        there = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        own = lambda value: value.clone() if value.untyped_storage().data_ptr() in there else value  # noqa: E731
+        return after(parameters, tree_map_only(torch.Tensor, own, output))
+
+    return call
+
+
+ColoParamOpHookManager.post_op = staticmethod(_without_views(ColoParamOpHookManager.post_op))
 
 
 class Adam(HybridAdam):
@@ -145,7 +161,6 @@ class ColossalAccelerator(PlainAccelerator):
         super().__init__(dataclasses.replace(launch, precision="no") if self._scales else launch, **settings)
         if not dist.is_initialized():  # a process alone
             dist.init_process_group("gloo" if launch.cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
-        disable_existing_loggers()
         if launch.cpu:
             from common.parallel.colossalai_cpu import substitute
 
@@ -208,11 +223,9 @@ class ColossalAccelerator(PlainAccelerator):
             return super().load_pretrained(auto_class, name, **options)
         return load_parts(self, auto_class, name, **options)
 
-    def build(self, auto_class, config, **options):
+    def build(self, make):
         """As PlainAccelerator's; prepare() draws a tensor at a time."""
-        if self._plugin == "ddp":
-            return super().build(auto_class, config, **options)
-        return build_parts(self, partial(auto_class.from_config, config, **options))
+        return super().build(make) if self._plugin == "ddp" else build_parts(self, make)
 
     def _boost(self, model, optimizer):
         if self._plugin == "ddp":

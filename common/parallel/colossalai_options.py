@@ -41,7 +41,7 @@ PLUGINS = {
 # What Colossal-AI has beside these and cannot do on today's torch and transformers; see docs/upstream_issues.md.
 INSTEAD = {
     "hybrid": "accelerate_configs/tensor_parallel.yaml",
-    "pipeline": "accelerate_configs/zero2.yaml",
+    "pipeline": "accelerate_configs/pipeline_1f1b.yaml",
     "fsdp": "accelerate_configs/fsdp.yaml",
 }
 

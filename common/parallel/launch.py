@@ -12,7 +12,7 @@ import torch
 from common.errors import UserError
 from common.hardware import has_bf16
 from common.models.stages import divide_layers
-from common.optimizers import why_not_apart, why_not_in_parts
+from common.optimizers import estimates_curvature, why_not_apart, why_not_in_parts
 from common.parallel.colossalai_options import check_installed, parse_options
 from common.parallel.fp8 import check_fp8
 from common.parallel.stage_map import StageMap, passes_ahead, read_stage_map
@@ -317,8 +317,13 @@ def check_optimizer(engine, optimizer):
     Args:
         engine: as launched_engine; optimizer: as build_optimizer returned it.
     Raises:
-        UserError: it looks at whole tensors and would see parts of them.
+        UserError: it looks at whole tensors and would see parts of them, or wants gradients that it cannot get.
     """
+    if estimates_curvature(optimizer) and (engine in ("deepspeed", "pipeline") or launched_role()[0] == "colossalai"):
+        raise UserError(
+            f"{type(optimizer).__name__} wants gradients that are not for an update, and here a backward pass leads "
+            "to one: give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml or fsdp.yaml"
+        )
     if engine == "pipeline":
         if reason := why_not_apart(optimizer):
             remedy = "give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml"

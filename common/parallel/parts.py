@@ -16,7 +16,9 @@ from accelerate import init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
+from common.models.whole import load_whole
 from common.parallel import tensors
+from common.parallel.draws import Recorder
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,21 +41,27 @@ def load_parts(accelerator, auto_class, name, **options):
 def load_shapes(auto_class, name, **options):
     """As auto_class.from_pretrained with output_loading_info, but for the numbers of the parameters.
 
-    Every file is opened, and names and shapes are compared with the model's.
+    Every file is opened, and names and shapes are compared with the model's. What is in no file is drawn at random, as
+    from_pretrained does.
 
     Args:
         auto_class: of transformers; name: folder or hub name; options: of from_pretrained.
     Returns:
-        (model, info): the parameters are on the meta device and `model.places` is a dict of Place by their names and
-        those of persistent buffers; or the model is whole, and has no `places`, where it cannot be read in parts.
+        (model, info): the parameters are on the meta device and `model.places` is a dict of Place, or Draw, by their
+        names and those of persistent buffers; or the model is whole, and has no `places`, where it cannot be read in
+        parts.
     Raises:
         what from_pretrained does.
     """
-    model, info = auto_class.from_pretrained(name, device_map="meta", output_loading_info=True, **options)
-    lost = info["missing_keys"] or info["mismatched_keys"]
-    places = {} if lost else _places(model, name, options.get("cache_dir"))
-    if not lost and places is None:
-        return auto_class.from_pretrained(name, output_loading_info=True, **options)
+    state, recorder = torch.get_rng_state(), Recorder(draws=False)
+    with recorder:
+        model, info = load_whole(auto_class, name, device_map="meta", **options)
+    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    recorder.draw_now(parameter for name, parameter in model.named_parameters() if name in lost)
+    places = _places(model, name, options.get("cache_dir"), recorder, lost)
+    if places is None:
+        torch.set_rng_state(state)
+        return load_whole(auto_class, name, **options)
     model.places = places
     with init_empty_weights(include_buffers=False):
         twin = type(model)(model.config)
@@ -124,8 +132,8 @@ def whole_numbers(model):
     del model.places
 
 
-def _places(model, name, cache_dir):
-    """The Place of each parameter and persistent buffer by its first name, or None where one has none."""
+def _places(model, name, cache_dir, recorder, lost):
+    """The Place or Draw of each parameter and persistent buffer by its first name, or None where one has none."""
     folder = _folder(name, cache_dir)
     names = [file for file in (WHOLE, INDEX) if folder and (folder / file).is_file()]
     tensors_by_name = model.state_dict(keep_vars=True)  # tied ones under each of their names
@@ -143,8 +151,9 @@ def _places(model, name, cache_dir):
     for alias, tensor in tensors_by_name.items():
         own = first.setdefault(tensor, alias)
         key = next((key for key in (alias, prefix + alias, alias.removeprefix(prefix)) if key in there), None)
-        if key and own not in found:
-            found[own] = there[key]
+        place = recorder.draw(tensor) if alias in lost else there.get(key)
+        if place and own not in found:
+            found[own] = place
     return found if found.keys() == set(first.values()) else None
 
 

@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from common.models.whole import load_whole
 from common.parallel import fp8, tensors
 
 
@@ -70,17 +71,17 @@ class PlainAccelerator(Accelerator):
         Returns:
             (model, info).
         """
-        return auto_class.from_pretrained(name, output_loading_info=True, **options)
+        return load_whole(auto_class, name, **options)
 
-    def build(self, auto_class, config, **options):
-        """As auto_class.from_config; prepare() may be what draws the numbers, which are the same.
+    def build(self, make):
+        """A model with random weights; prepare() may be what draws the numbers, which are the same.
 
         Args:
-            auto_class: of transformers; config: of the model; options: of from_config.
+            make: function without arguments that returns the model.
         Returns:
             the model.
         """
-        return auto_class.from_config(config, **options)
+        return make()
 
     def describe_strategy(self):
         """What is in force, for people."""

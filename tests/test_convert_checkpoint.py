@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from causal import causal_run
@@ -65,6 +66,16 @@ def test_large_weights_are_cut_into_shards(runs, tmp_path):
     assert_same_model(AutoModelForCausalLM, out, run)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_to_the_precision_asked_for(runs, tmp_path, dtype):
+    run, out = runs / "fsdp", tmp_path / "model"
+    convert(latest_checkpoint(run), out, "5GB", dtype)
+    rounded, whole = (AutoModelForMaskedLM.from_pretrained(folder, dtype="auto") for folder in (out, run))
+    assert rounded.dtype == getattr(torch, dtype) and whole.dtype == torch.float32
+    expected = whole.to(rounded.dtype).state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in rounded.state_dict().items())
+
+
 def test_a_damaged_checkpoint_is_refused(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "fsdp", run)
@@ -81,6 +92,8 @@ def test_a_damaged_checkpoint_is_refused(runs, tmp_path):
 def test_nothing_is_left_where_it_fails(runs, tmp_path):
     with pytest.raises(UserError, match="max-shard-size 'large'"):
         convert(latest_checkpoint(runs / "fsdp"), tmp_path / "model", "large")
+    with pytest.raises(UserError, match="dtype 'int8' is unknown: give one of float32, bfloat16, float16"):
+        convert(latest_checkpoint(runs / "fsdp"), tmp_path / "model", "5GB", "int8")
     assert not list(tmp_path.iterdir()) and weights(runs / "fsdp")
     with pytest.raises(UserError, match="is not a folder"):
         find_checkpoint(tmp_path / "absent")

@@ -53,12 +53,16 @@ class ChunkedLossMixin:
         documents = document_ids if self.packs_documents else torch.ones_like(document_ids[:1])
         return earlier_in_document(documents, compute_dtype(document_ids.device))
 
+
+class OptMixin(ChunkedLossMixin):
+    """The same for OPT, which can be cut into stages."""
+
     def called_layers(self):
-        """OPT's layers."""
+        """Its layers."""
         return self.base_model.decoder.layers
 
     def run_part(self, batch, hidden=None, layers=None):
-        """As MaskedPositionsMixin's, for OPT; batch: what forward takes."""
+        """As MaskedPositionsMixin's; batch: what forward takes."""
         decoder, number, positions = self.base_model.decoder, len(self.called_layers()), batch["position_ids"]
         layers = range(number) if layers is None else layers
         if layers.start == 0:
@@ -185,7 +189,8 @@ def build_causal_lm(model_args, data_args, config, load, build=build_whole):
     stock = type(model)
     if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")
-    model.__class__ = type(stock.__name__, (ChunkedLossMixin, stock), {"__module__": __name__})
+    mixin = OptMixin if model.config.model_type == "opt" else ChunkedLossMixin
+    model.__class__ = type(stock.__name__, (mixin, stock), {"__module__": __name__})
     model.packs_documents = data_args.packing == "documents"
     return model
 

@@ -45,7 +45,9 @@ def build_mlm_model(model_args, data_args, tokenizer, load=load_whole, build=bui
     if model_args.model_name_or_path:
         model = _load(load, model_args, pairs)
         remedy = f"the weights in {model_args.model_name_or_path} fix it; use their tokenizer and shorter rows"
+        _check_vocabulary(model.config, tokenizer, remedy)
     else:
+        remedy = "give at least that many, or drop the flag"
         family = FAMILIES[model_args.family]
         of_megatron = model_args.family == "megatron-bert" and model_args.model_size in MEGATRON_SIZES
         vocab_size = model_args.vocab_size or -(-vocabulary_size(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -60,6 +62,7 @@ def build_mlm_model(model_args, data_args, tokenizer, load=load_whole, build=bui
         )
         wanted = model_args.max_position_embeddings or max(LEAST_POSITIONS, max_seq_length)
         config.max_position_embeddings = wanted + first_position(config)
+        _check_vocabulary(config, tokenizer, remedy)  # before `begin` counts tokens in it
         model_class = _trained_class(family, config.model_type, pairs)
 
         def make():
@@ -74,9 +77,6 @@ def build_mlm_model(model_args, data_args, tokenizer, load=load_whole, build=bui
             model = build(make)
         except KeyError as error:
             raise UserError(f"--hidden_act {model_args.hidden_act} is unknown to transformers: try gelu") from error
-        remedy = "give at least that many, or drop the flag"
-    if model.config.vocab_size < (needed := vocabulary_size(tokenizer)):
-        raise UserError(f"--vocab_size {model.config.vocab_size} is below the tokenizer's {needed}: {remedy}")
     if (longest := positions(model.config)) < max_seq_length:
         raise UserError(f"--max_seq_length {max_seq_length} is above the model's {longest} positions: {remedy}")
     if hasattr(model, "sop_classifier"):
@@ -92,6 +92,11 @@ def build_mlm_model(model_args, data_args, tokenizer, load=load_whole, build=bui
     use_attention(model, "sdpa")
     model.packs_documents = data_args.packing == "documents"
     return model
+
+
+def _check_vocabulary(config, tokenizer, remedy):
+    if config.vocab_size < (needed := vocabulary_size(tokenizer)):
+        raise UserError(f"--vocab_size {config.vocab_size} is below the tokenizer's {needed}: {remedy}")
 
 
 def _trained_class(family, name, pairs):

@@ -54,6 +54,10 @@ def train(flags, tokens):
     _, data_args, args, _ = parse_pretraining_arguments([*flags, "--max_train_steps", "1"])
     steps = -(-tokens // (args.train_batch_size * data_args.max_seq_length))
     model, optimizer, scheduler, batches, args = start([*flags, "--max_train_steps", str(steps)])
+    if estimates_curvature(optimizer):
+        sys.exit(
+            f"error: --optimizer_type {args.optimizer_type} wants estimates between the steps, which are not made here"
+        )
     times = []
     for step in range(steps):
         began = time.perf_counter()
@@ -82,10 +86,6 @@ def start(flags):
     if model_args.init_output_bias == "unigram":
         start_from_frequencies(model, corpus.train)
     optimizer = build_optimizer(model, args)
-    if estimates_curvature(optimizer):
-        sys.exit(
-            f"error: --optimizer_type {args.optimizer_type} wants estimates between the steps, which are not made here"
-        )
     curve = {"curve": args.lr_scheduler_type, "min_lr_ratio": args.min_lr_ratio, **args.curve_options}
     factor = partial(learning_rate_factor, warmup_proportion=args.warmup_proportion, **curve)
     scheduler = LRScheduler(optimizer, factor)

@@ -32,6 +32,7 @@ REFUSED = {  # a word of the reason
     "distributedmuon": "among processes",
     "friendlysam": "no argument lr",
     "gsam": "no argument lr",
+    "kron": "NumPy's random numbers",
     "looksam": "no argument lr",
     "lorarite": "fails where it is tried out",
     "muonclip": "scores of the attention",

@@ -23,6 +23,7 @@ UNFIT = {
     "MuonClip": "clips by the scores of the attention, which it is not shown: give --optimizer_type muon",
     "DistributedMuon": "divides the work among processes by itself, which YAMLs do here: give --optimizer_type muon",
     "DeMo": "sends gradients between processes by itself, which YAMLs do here: give --optimizer_type adamw",
+    "Kron": "draws from NumPy's random numbers, which checkpoints do not hold: give --optimizer_type soap",
 }
 TRIED_STEPS = 12  # before the copy and after it: a few of every period by default
 

@@ -276,6 +276,40 @@ def alone(harness, tiny_corpus, cache, tmp_path_factory):
     return run
 
 
+OWN = """
+import torch
+
+
+class Own(torch.optim.Optimizer):
+    interval = 4
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                h = self.state[p].setdefault("h", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.04)
+                update = (m / (30 * h).clamp(min=1e-12)).clamp(-1, 1)
+                p.data = p.data * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+
+    def update_curvature(self, labels):
+        for group in self.param_groups:
+            for p in group["params"]:
+                h = self.state[p].setdefault("h", torch.zeros_like(p))
+                self.state[p]["h"] = 0.99 * h + 0.01 * labels * p.grad**2
+"""
+
+
+def test_a_class_from_a_file_is_given_estimates(harness, alone, tiny_corpus, cache, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    own = ["--optimizer_type", f"{tmp_path}/own.py:Own", "--learning_rate", 3e-3]
+    harness.run(*command("bert", tiny_corpus, cache, tmp_path / "out", 1, *own)).check()
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone("bert")), abs=1e-5)
+
+
 @pytest.mark.parametrize("args", [[], ["--optimizer_args", "interval=4"]], ids=["unclipped", "as published"])
 @pytest.mark.parametrize("model", ["bert", "opt"])
 @pytest.mark.parametrize(

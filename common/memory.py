@@ -12,6 +12,8 @@ GB = 1e9
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers that an optimizer keeps for each parameter; unknown: as AdamW
 ORTHOGONALIZED = 4  # copies of the largest stack of equal matrices while Muon updates it
 HEAP_SHARE = 0.1  # of the activations: gaps between them in a CPU's heap; see benchmarks/bench_memory.py
+# Of what is computed again: it comes and goes layer by layer, among gradients that stay where it was.
+RECOMPUTED_HEAP_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,11 @@ def estimate(workload, libraries=0):
     copies = model.copies[0] + model.layers * model.copies[1]  # of weights, until the backward pass; of cut ones too
     kept = model.kept[0] + model.layers * model.kept[1]
     backward = 2 * model.widest  # gradients of one tensor and of the next
+    recomputed = 0
     if workload.gradient_checkpointing:
         kept = model.kept[0] + model.layers * model.layer_input
         backward += model.kept[1]
+        recomputed = workload.rows * model.layers * model.kept[1]
     kept, backward = workload.rows * kept + copies, workload.rows * backward
     of_output = 4 * model.output  # the gradient of the head's matrix
     loss, of_hidden = loss_bytes(workload, model, mixed)
@@ -197,7 +201,8 @@ def estimate(workload, libraries=0):
     }
     if on_cpu:
         # a tied embedding's own gradient, which is added to the head's, leaves a gap too
-        gaps = int(HEAP_SHARE * parts["activations"]) + (of_output if model.tied else 0)
+        gaps = int(HEAP_SHARE * parts["activations"] + RECOMPUTED_HEAP_SHARE * recomputed)
+        gaps += of_output if model.tied else 0
         # so do, as measured, a model that was whole before its cut (one loaded in parts is not, and needs less)
         # and what comes and goes in it; stage 3 moves its part
         if cut.optimizer:

@@ -52,9 +52,10 @@ def test_a_schedule_equals_one_process(
 ):
     stages, processes = (2 if "interleaved" in name else 1) * places, places * copies
     layers = max(LAYERS, stages)
-    config = copy_of("pipeline_1f1b_dp" if "1f1b" in name and copies > 1 else name, tmp_path, stages=stages)
+    yaml = "pipeline_1f1b_dp" if name == "pipeline_1f1b" and copies > 1 else name
+    config = copy_of(yaml, tmp_path, stages=stages)
     one, out = single(model, layers), tmp_path / "run"
-    shows(name, SCRIPTS.get(model, SCRIPT), processes)
+    shows(yaml, SCRIPTS.get(model, SCRIPT), processes)
     words = command(model, tiny_corpus, cache, out, "--per_device_train_batch_size", 16 // copies, layers=layers)
     printed = launch(harness, words, config, processes)
     assert "strategy: pipeline, " in printed and f" {stages} stages, " in printed

@@ -52,7 +52,7 @@ count_gpus() {
 }
 
 # choose_precision arguments...   --fp32, --bf16 or --fp16 among the program's arguments is for the launcher too. Without
-# one, fp32 on a CPU that would emulate bf16, tens of times slower.
+# one, fp32 on a CPU that would emulate bf16, tens of times slower, where the strategy has it.
 choose_precision() {
     local asked=
     while (($#)); do
@@ -72,6 +72,10 @@ choose_precision() {
     [[ $precision == bf16 && -r /proc/cpuinfo ]] && grep -q '^flags' /proc/cpuinfo || return 0
     [[ $role == cpu ]] || ((gpus == 0)) || return 0
     if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+        if [[ $role == colossalai*plugin=gemini* ]]; then
+            echo "This CPU has no bf16 instructions, and Gemini no fp32: bf16 is emulated, tens of times slower."
+            return
+        fi
         echo "This CPU has no bf16 instructions: training in fp32 instead of $config's bf16."
         precision=no
         launch_flags+=(--mixed_precision no)

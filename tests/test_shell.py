@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_a_precision_that_the_script_overrides(shell):
     shell.machine(gpus="GPU 0: A100")
     check, launch = shell.run("single_gpu")
     assert check["env"]["ACCELERATE_MIXED_PRECISION"] == "bf16" and flag(launch, "--mixed_precision") is None
+
+
+def test_gemini_keeps_the_precision_that_it_has(shell):
+    """On a processor without instructions for bf16, which is then emulated; other strategies are given fp32."""
+    found = shutil.which("grep")
+    executable(shell.bin / "grep", f'#!/bin/sh\ncase "$*" in *avx512_bf16*) exit 1;; esac\nexec {found} "$@"\n')
+    for name, given in (("colossalai_gemini", None), ("colossalai_zero2", "no")):
+        check, launch = shell.run(name)
+        assert flag(launch, "--mixed_precision") == given
+        assert check["env"]["ACCELERATE_MIXED_PRECISION"] == (given or "bf16")
+    printed = shell.start("colossalai_gemini").communicate(timeout=60)[0]
+    assert "bf16 is emulated" in printed and "fp32 instead" not in printed
 
 
 @pytest.mark.parametrize(

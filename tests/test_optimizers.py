@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, Megatr
 
 from common.errors import UserError
 from common.optim.muon import COEFFICIENTS, orthogonalize
-from common.optimizers import build_optimizer, hidden_matrices, parameter_groups, why_not_in_parts
+from common.optimizers import build_optimizer, hidden_matrices, parameter_groups, why_not_apart, why_not_in_parts
 
 SIZES = {
     "vocab_size": 64,
@@ -433,3 +433,22 @@ def test_a_users_own_optimizer_is_tried_too(own_module):
     for name in ("SignDescent", "Patient", "Fixed"):
         optimizer = build_optimizer(small_model(), arguments(optimizer_type=f"{own_module}:{name}"))
         assert why_not_in_parts(optimizer, in_turn=True) is None, name
+
+
+class Raises(torch.optim.SGD):
+    """Knows what it has been given, and only that."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.names = {p: f"parameter {number}" for number, p in enumerate(self.param_groups[0]["params"])}
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            assert self.names[parameter]
+        super().step()
+
+
+@pytest.mark.parametrize("why_not", [why_not_apart, why_not_in_parts])
+def test_one_that_fails_when_it_is_tried_out_is_not_proven(why_not):
+    optimizer = Raises([torch.nn.Parameter(torch.ones(3, 3))], 0.1)
+    assert "looks at" in why_not(optimizer)

@@ -94,13 +94,13 @@ def set_memory_cap(cap_gb, device):
         cap_gb: GB of 1e9 bytes per process; 0 or None: no cap.
         device: torch.device.
     Returns:
-        function without arguments, to be called once in a step; it raises UserError when a process on a CPU has held
-        more than the cap.
+        function without arguments, to be called once in a step, which raises UserError when a process on a CPU has
+        held more than the cap; None where there is nothing to look at.
     """
     if cap_gb and device.type == "cuda":  # what is above it raises the allocator's own error
         capacity = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * GB / capacity), device)
-    return partial(_check, cap_gb) if cap_gb and device.type == "cpu" else lambda: None
+    return partial(_check, cap_gb) if cap_gb and device.type == "cpu" else None
 
 
 def _check(cap_gb):

@@ -107,7 +107,8 @@ class Run:
             batches: TrainBatches; eval_batches: EvalBatches; tokenizer: saved with the model at markers, or None.
             meter: common.utilisation.Meter; label: word in front of the progress bar.
             compiling: whether the first step will compile the model.
-            cap: function called after every step, which raises where the process is too large; or None.
+            cap: function called after a step, which raises where the process is too large; or None. After every step,
+                or, where one goes on while the next begins, when its loss is logged.
         """
         self.eval_batches, self.tokenizer, self.meter, self.cap = eval_batches, tokenizer, meter, cap
         self.batches = batches
@@ -156,13 +157,14 @@ class Run:
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step(limits.schedule_progress)  # of the next step
         self.reason = "signal" if clock.stop else limits.reached
-        if self.cap:
-            parallel.raise_together(self.accelerator, self.cap)
 
         warm = args.throughput_steps is not None and state.completed_steps == WARM_UP_STEPS
         log_due = due(state.completed_steps - 1, state.completed_steps, args.logging_steps)
         stage_ends = self.batches.rows_at(limits.schedule_progress) is not self.batches.rows
-        if log_due or self.reason in LAST_LOG or warm or stage_ends:  # a logged speed is of rows of one length
+        logs = log_due or self.reason in LAST_LOG or warm or stage_ends  # a logged speed is of rows of one length
+        if self.cap and (logs or not self.accelerator.steps_behind):  # all wait for all
+            parallel.raise_together(self.accelerator, self.cap)
+        if logs:
             metrics, interval = self.log.pop()  # waits for the device; raises on NaN
             metrics |= self.meter.measure(interval["rows"], interval["tokens"], interval["seconds"])
             if late := self.accelerator.steps_behind:

@@ -177,6 +177,18 @@ def test_a_signal_to_one_stage_stops_all_after_the_same_step(harness, undisturbe
     assert_same_run(undisturbed, out)
 
 
+@pytest.mark.parametrize(("name", "last"), [(CONFIG, 3), ("pipeline_1f1b", None)])
+def test_a_cap_is_looked_after_where_processes_wait_anyhow(harness, tiny_corpus, cache, tmp_path, name, last):
+    """When a loss is logged; where each step ends with a flush, after each of them."""
+    out, flags = tmp_path / "run", ["--mem_cap", 100, "--logging_steps", 4, "--checkpointing_steps", 1]
+    _, *words = command("opt", tiny_corpus, cache, out, *flags)
+    ranks = harness.launch(TESTS / "capped_run.py", *words, config=copy_of(name, tmp_path), num_processes=None)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "above the memory cap of 100 GB" in ranks[0].stderr and "Traceback" not in ranks[0].stderr
+    found = latest_checkpoint(out)
+    assert found.name == f"step_{last}" if last else found is None
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("stages", [2, 4])
 def test_opt_equals_its_definition(harness, tiny_corpus, cache, tmp_path, shows, stages):

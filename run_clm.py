@@ -50,6 +50,7 @@ from common.models.causal import (
 from common.models.footprint import optimizer_state
 from common.models.liger import find_fused_loss, refuse_fused_loss, use_fused_loss
 from common.models.recompute import recompute_layers
+from common.models.whole import build_without_numbers
 from common.optimizers import OPTIMIZERS, build_optimizer
 from common.report import CAUSAL, write_all_results
 from common.resume import resume_settings
@@ -71,6 +72,7 @@ def main():
     data_args.block_size = row_length(config, data_args.block_size)
     if args.dry_run:
         return plan(config, model_args, data_args, args)
+    parallel.check_flags(args.torch_compile, args.auto_find_batch_size)
     if args.check_arguments:
         return check(config, model_args, data_args, args)
     if run_folder.is_finished(args):
@@ -231,9 +233,12 @@ def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile, args.pipeline_config)
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
-    parallel.check_cut(config, launch)
+    model = build_causal_lm(model_args, data_args, config, parallel.load_shapes, build_without_numbers)
+    parallel.check_cut(model, launch)
+    parallel.check_optimizer(launch.engine, build_optimizer(model, args, launch.precision))
     workload = expected_workload(config, data_args, args)
-    parallel.check_micro_batches(launch.pipe, workload.rows, workload.accumulation)
+    least = args.batch_ramp.least_accumulation(workload.rows, workload.ranks)
+    parallel.check_micro_batches(launch.pipe, workload.rows, least)
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
@@ -241,8 +246,6 @@ def check(config, model_args, data_args, args):
     tokenizer, *_ = prepare_rows(config, data_args, print)
     fit_vocabulary(config, tokenizer, model_args)
     refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap)
-    if model_args.model_name_or_path:  # random weights cannot be damaged
-        build_causal_lm(model_args, data_args, config, parallel.load_shapes)
     return 0
 
 

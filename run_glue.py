@@ -247,7 +247,7 @@ def check(model_args, data_args, args):
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     _, _, model, _ = load(model_args, data_args, args, {})
-    parallel.check_cut(model.config, launch)
+    parallel.check_cut(model, launch)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args))
     return 0
 

@@ -56,6 +56,7 @@ def main():
     model_args, data_args, args, notes = parse_pretraining_arguments()
     run_folder.follow_restart(args)
     run_folder.check_run_folder(args)
+    parallel.check_flags(args.torch_compile, args.auto_find_batch_size, args.ema_decay)
     if args.check_arguments:
         return check(model_args, data_args, args)
     if run_folder.is_finished(args):
@@ -185,15 +186,15 @@ def check(model_args, data_args, args):
     refuse_attention(model_args.attn_implementation, "cpu" if launch.cpu else "cuda")
     refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
     ranks = parallel.launched_data_ranks(args.pipeline_config)
-    cut = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
-    parallel.check_micro_batches(launch.pipe, *cut)
+    per_device, _ = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
+    parallel.check_micro_batches(launch.pipe, per_device, args.batch_ramp.least_accumulation(per_device, ranks))
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     corpus, *_ = prepare_rows(data_args, print)
     model = build_mlm_model(model_args, data_args, corpus.tokenizer)
-    parallel.check_cut(model.config, launch)
+    parallel.check_cut(model, launch)
     parallel.check_optimizer(launch.engine, build_optimizer(model, args, launch.precision))
     return 0
 

@@ -52,6 +52,10 @@ class BatchRamp:
                 )
         return per_device, accumulation
 
+    def least_accumulation(self, per_device, ranks):
+        """Accumulation in the beginning, which is the least. Args: per_device: as cut has returned it; ranks."""
+        return self.sizes[0] // (per_device * ranks)
+
     def at(self, rows):
         """(rows in the step that begins after so many rows, how many steps of that size come)."""
         number = bisect_right(self.places, rows) - 1

@@ -41,11 +41,6 @@ def find_batch_size(accelerator, model, try_batch, per_device, agree_max):
     Raises:
         UserError: the smallest possible number does not fit.
     """
-    if not accelerator.tries_batches:
-        strategy = accelerator.describe_strategy()
-        raise UserError(
-            f"--auto_find_batch_size cannot try sizes under {strategy}: give --per_device_train_batch_size"
-        )
     while True:
         fits = _fits(accelerator, model, try_batch, per_device)
         model.zero_grad(set_to_none=True)

@@ -5,7 +5,6 @@ import contextlib
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.errors import UserError
 from common.parallel.state import held_weights, load_weights, save_weights
 
 FILE = "average.safetensors"  # in a checkpoint
@@ -15,19 +14,12 @@ class WeightAverage:
     """decay * average + (1 - decay) * weights after every step; after the first one it is a copy.
 
     Args:
-        accelerator: whose strategy may cut the weights; model: as it prepared it.
+        accelerator: whose strategy may cut the weights, and holds each in one place; model: as it prepared it.
         decay: in (0, 1).
-    Raises:
-        UserError: the strategy does not allow it.
     Source: Polyak and Juditsky 1992; torch.optim.swa_utils.
     """
 
     def __init__(self, accelerator, model, decay):
-        if not accelerator.averages:
-            raise UserError(
-                f"--ema_decay: {accelerator.describe_strategy()} holds weights in more than one place: choose "
-                "accelerate_configs/zero2.yaml or fsdp.yaml"
-            )
         self.accelerator, self.model, self._follow = accelerator, model, get_ema_multi_avg_fn(decay)
         self.parts = [weight.clone() for weight in held_weights(accelerator, model)]
 

@@ -327,12 +327,20 @@ def test_another_version_is_refused(monkeypatch):
         colossalai_options.check_installed()
 
 
+def test_what_it_imports_must_be_there(monkeypatch):
+    monkeypatch.setattr(colossalai_options.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="imports peft, which is not installed: pip install --no-deps -r requirements-"
+    ):
+        colossalai_options.check_installed()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--fp32"], "Gemini trains in bf16 or fp16"),
         (["--optimizer_type", "lion"], "Gemini has its own Adam, and Lion is another optimizer"),
-        (["--auto_find_batch_size"], "--auto_find_batch_size cannot try sizes under Colossal-AI Gemini"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size cannot try sizes under Colossal-AI's plugin=gemini"),
     ],
 )
 def test_what_gemini_cannot_do_is_refused(harness, tiny_corpus, cache, tmp_path, flags, said):

@@ -7,7 +7,7 @@ import signal
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from common.checkpoint import latest_checkpoint
 from common.convert_checkpoint import convert
@@ -326,6 +326,20 @@ def test_fine_tuning_takes_stages_and_goes_through_them(harness, partitioned, rt
     saved, expected = weights(outs[1]), weights(outs[0])
     assert saved.keys() == expected.keys()
     assert max(float((saved[key] - expected[key]).abs().max()) for key in saved) < 1e-5
+
+
+def test_a_classifier_that_is_not_known_by_parts_is_refused_before_the_launch(
+    harness, partitioned, rte, out, tmp_path
+):
+    """It has a plan for its masked model alone."""
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaForMaskedLM(RobertaConfig(**size, vocab_size=640)).save_pretrained(tmp_path / "roberta")
+    words = ["run_glue.py", "--model_name_or_path", tmp_path / "roberta", "--tokenizer_name", partitioned]
+    words += ["--task_name", "rte", "--data_dir", rte, "--output_dir", out, "--do_train", "--check_arguments"]
+    environment = {"ROLE_NAME": "pipeline schedule=1f1b stages=2 micro_batches=4", "WORLD_SIZE": 2, "RANK": 0}
+    result = harness.run(*words, env=environment).check(2)
+    assert "a RobertaForSequenceClassification are not known stage by stage" in result.stderr
+    assert result.stderr.count("error: ") == 1 and not out.exists()
 
 
 def test_fine_tuning_refuses_a_delay(harness, partitioned, rte, out):

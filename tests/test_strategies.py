@@ -6,6 +6,9 @@ import pytest
 import strategy_table
 import torch
 
+from common.errors import UserError
+from common.parallel import check_launch
+from common.parallel.launch import parse_role
 from harness import REPOSITORY
 from pretraining import fp32_copy, losses, results, training_rows, weights
 from strategies import ALONE, CASES, FIRST, IN_BF16, MODELS, SCRIPTS, launch
@@ -124,6 +127,64 @@ def test_what_a_yaml_asks_for_in_vain_is_refused(harness, tiny_corpus, cache, tm
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert ranks[0].stderr.count("error: ") == 1 and said in ranks[0].stderr
     assert "Traceback" not in ranks[0].stderr + ranks[1].stderr
+
+
+ZERO2, ZERO3 = (
+    {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (2, 3)
+)
+GEMINI = {"ROLE_NAME": "colossalai plugin=gemini placement_policy=static", "ACCELERATE_MIXED_PRECISION": "bf16"}
+STAGES = {"ROLE_NAME": "pipeline schedule=1f1b stages=2 micro_batches=4"}
+DELAYED = {"ROLE_NAME": "pipeline schedule=2bw stages=2 micro_batches=1"}
+FIND, COMPILED, AVERAGE = ["--auto_find_batch_size"], ["--torch_compile", "true"], ["--ema_decay", 0.9]
+GROWING = ["--rampup_batch_size", 8, 8, 64]  # with 8 rows in a device: one micro-batch at first
+BEFORE_THE_LAUNCH = [  # what the launcher sets, a model, flags, and what is said of them
+    (ZERO2, "opt", ["--optimizer_type", "lamb"], "Lamb looks at whole tensors"),
+    (STAGES, "opt", ["--optimizer_type", "prodigy"], "Prodigy looks at all tensors at once"),
+    (GEMINI, "opt", ["--optimizer_type", "lion"], "Gemini has its own Adam, and Lion is another optimizer"),
+    (GEMINI, "bert", ["--optimizer_type", "sgd"], "Gemini has its own Adam, and SGD is another optimizer"),
+    (GEMINI | {"ACCELERATE_MIXED_PRECISION": "no"}, "opt", [], "Gemini trains in bf16 or fp16"),
+    (ZERO2, "opt", FIND, "cannot try sizes under DeepSpeed ZeRO-2"),
+    (STAGES, "bert", FIND, "cannot try sizes under a pipeline with schedule=1f1b"),
+    (GEMINI, "bert", COMPILED, "--torch_compile: Colossal-AI's plugin=gemini works between the layers"),
+    (ZERO3, "opt", COMPILED, "--torch_compile: DeepSpeed ZeRO-3 works between the layers"),
+    (ZERO3, "bert", AVERAGE, "--ema_decay: DeepSpeed ZeRO-3 holds weights in more than one place"),
+    (GEMINI, "bert", AVERAGE, "--ema_decay: Colossal-AI's plugin=gemini holds weights"),
+    (DELAYED, "bert", [*AVERAGE, *GROWING], "--ema_decay: a pipeline with schedule=2bw holds weights"),
+    (DELAYED, "bert", GROWING, "needs 2 or more micro-batches in a step"),
+    (DELAYED, "opt", GROWING, "needs 2 or more micro-batches in a step"),
+]
+
+
+@pytest.mark.parametrize(("sets", "model", "flags", "said"), BEFORE_THE_LAUNCH)
+def test_what_cannot_be_done_is_refused_before_the_launch(harness, tiny_corpus, cache, out, sets, model, flags, said):
+    words = command(model, tiny_corpus, cache, out, 1, *flags, "--check_arguments")
+    words = [word for word in words if word != "--fp32"]
+    checked = harness.run(*words, env={"WORLD_SIZE": 2, "ACCELERATE_MIXED_PRECISION": "no", **sets}).check(2)
+    assert said in checked.stderr and checked.stderr.count("error: ") == 1 and "Traceback" not in checked.stderr
+    assert not out.exists()
+
+
+NOT_IN_FP16 = [
+    (STAGES, "fp16 is not supported in a pipeline"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "fp16 is not supported under FSDP"),
+    ({"ROLE_NAME": "tensor_parallel size=2"}, "fp16 is not supported under FSDP and tensor parallelism"),
+    ({"ROLE_NAME": "colossalai plugin=ddp"}, "plugin=ddp has no fp16 here"),
+]
+
+
+@pytest.mark.parametrize(("sets", "said"), NOT_IN_FP16)
+def test_fp16_is_refused_before_the_launch(monkeypatch, sets, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"WORLD_SIZE": "2", **sets}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        check_launch("fp16", "none")
+
+
+@pytest.mark.parametrize("size", ["²", "٢", "0", "-1", "2.0", ""])
+def test_a_number_in_a_role_is_written_in_digits(size):
+    with pytest.raises(UserError, match="is not understood: it is written 'tensor_parallel size=N'"):
+        parse_role(f"tensor_parallel size={size}")
 
 
 @pytest.mark.exhaustive

@@ -53,16 +53,18 @@ def divide_layers(layers, stages):
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def check_stages(config, pipe):
+def check_stages(model, pipe):
     """Refuse to cut a model that cannot be.
 
     Args:
-        config: transformers configuration; pipe: common.parallel.launch.Pipe.
+        model: of transformers; pipe: common.parallel.launch.Pipe.
     Raises:
-        UserError: a family without a plan, or fewer layers than stages, or than modules of a file's stages.
+        UserError: a family without a plan, fewer layers than stages, or than modules of a file's stages, or a model
+            whose forward pass is not known by parts, as it is another than those of common/models.
     """
     if pipe.stages == 1:
         return
+    config = model.config
     check_family(config)
     if not all(pipe.layers(config.num_hidden_layers)):
         raise UserError(
@@ -73,6 +75,10 @@ def check_stages(config, pipe):
         raise UserError(
             f"layerdrop {config.layerdrop} leaves out layers at random, which no pipeline does: set it to 0"
         )
+    if not hasattr(model, "run_part"):
+        raise UserError(
+            f"the passes of a {type(model).__name__} are not known stage by stage: choose accelerate_configs/ddp.yaml"
+        )
 
 
 def check_family(config):
@@ -81,18 +87,6 @@ def check_family(config):
         raise UserError(
             f"{config.model_type} has no plan for a pipeline; known are {', '.join(ENDS)}: choose "
             "accelerate_configs/fsdp.yaml"
-        )
-
-
-def refuse_undivided(model):
-    """Refuse a model whose forward pass is not known by parts.
-
-    Raises:
-        UserError: it is another than those of common/models.
-    """
-    if not hasattr(model, "run_part"):
-        raise UserError(
-            f"the passes of a {type(model).__name__} are not known stage by stage: choose accelerate_configs/ddp.yaml"
         )
 
 

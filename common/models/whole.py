@@ -1,5 +1,7 @@
 """How a model comes by its numbers where nothing is cut."""
 
+import torch
+
 
 def load_whole(model_class, name, **options):
     """As model_class.from_pretrained with output_loading_info. Returns: (model, info)."""
@@ -9,3 +11,9 @@ def load_whole(model_class, name, **options):
 def build_whole(make):
     """What a function without arguments returns."""
     return make()
+
+
+def build_without_numbers(make):
+    """The same on torch's meta device, which allocates nothing."""
+    with torch.device("meta"):
+        return make()

@@ -2,6 +2,7 @@
 
 from common.parallel.configs import launched_sharding
 from common.parallel.launch import (
+    check_flags,
     check_launch,
     check_micro_batches,
     check_optimizer,
@@ -37,6 +38,7 @@ from common.parallel.strategies import (
 __all__ = [
     "agree_max",
     "builder",
+    "check_flags",
     "check_launch",
     "check_micro_batches",
     "check_optimizer",

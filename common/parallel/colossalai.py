@@ -139,24 +139,12 @@ class ColossalAccelerator(PlainAccelerator):
 
     Args:
         launch: common.parallel.launch.Launch; settings: of accelerate.Accelerator.
-    Raises:
-        UserError: what the plugin cannot do.
     """
-
-    compiles = tries_batches = False
 
     def __init__(self, launch, **settings):
         self._engine, self._options, self._on_cpu = launch.engine, launch.options, launch.cpu
         self._plugin, self._capacity, self._norm = launch.options["plugin"], None, None
         self._precision, self._dtype = launch.precision, DTYPES.get(launch.precision, torch.float32)
-        self.averages = self._plugin == "ddp"
-        if launch.precision == "fp16" and self._plugin == "ddp":
-            raise UserError("the YAML's plugin=ddp has no fp16 here: take accelerate_configs/ddp.yaml, which does it")
-        if launch.precision == "no" and self._plugin == "gemini":
-            raise UserError(
-                "Gemini trains in bf16 or fp16: give --bf16 (accelerate launch --mixed_precision bf16), or take "
-                "accelerate_configs/colossalai_zero2.yaml"
-            )
         # in fp16 accelerate would scale the losses, too
         super().__init__(dataclasses.replace(launch, precision="no") if self._scales else launch, **settings)
         if not dist.is_initialized():  # a process alone
@@ -205,10 +193,9 @@ class ColossalAccelerator(PlainAccelerator):
         if not optimizers:
             return super().prepare(*objects, **options)
         (model,), (optimizer,) = (thing for thing in objects if thing not in optimizers), optimizers
+        check_optimizer(self._engine, optimizer)
         if self._plugin == "gemini":
             optimizer = _gemini_adam(optimizer)
-        else:
-            check_optimizer(self._engine, optimizer)
         wrapped = self._boost(model, optimizer)
         if self._plugin == "gemini":
             wrapped.train = model.train  # its own passes over the model itself, and eval() with it
@@ -381,11 +368,6 @@ class ColossalAccelerator(PlainAccelerator):
 
 def _gemini_adam(optimizer):
     """Gemini's Adam in the place of torch's, with its groups and settings."""
-    if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam) or optimizer.defaults["amsgrad"]:
-        raise UserError(
-            f"Gemini has its own Adam, and {type(optimizer).__name__} is another optimizer: give --optimizer_type "
-            "adamw, or take accelerate_configs/colossalai_zero2.yaml"
-        )
     settings = ("params", "lr", "betas", "eps", "weight_decay")
     groups = [{name: group[name] for name in settings} for group in optimizer.param_groups]
     return Adam(groups, adamw_mode=isinstance(optimizer, torch.optim.AdamW))

@@ -1,6 +1,7 @@
 """What a YAML's role may ask of Colossal-AI, read and judged by name; without importing it, which takes seconds."""
 
 import importlib.metadata
+import importlib.util
 from typing import NamedTuple
 
 from common.errors import UserError
@@ -83,10 +84,10 @@ def parse_options(words):
 
 
 def check_installed():
-    """Refuse to start without the version that the YAMLs were tested with.
+    """Refuse to start without the version that the YAMLs were tested with, and what it imports.
 
     Raises:
-        UserError: Colossal-AI is missing, or it is another version.
+        UserError: Colossal-AI is missing, or it is another version, or peft is missing.
     """
     try:
         found = importlib.metadata.version("colossalai")
@@ -98,6 +99,8 @@ def check_installed():
             f"the YAML's role colossalai needs Colossal-AI {VERSION}, and {state}: pip install --no-deps -r "
             f"{REQUIREMENTS}"
         )
+    if not importlib.util.find_spec("peft"):
+        raise UserError(f"Colossal-AI imports peft, which is not installed: pip install --no-deps -r {REQUIREMENTS}")
 
 
 def sharding(options):

@@ -37,6 +37,13 @@ TOGETHER = {
     "pipeline": "stages are not cut once more",
     "colossalai": "it cuts by itself",
 }
+NAMES = {  # what to call engines, for people
+    "deepspeed": "DeepSpeed ZeRO-{stage}",
+    "fsdp": "FSDP2",
+    "tensor_parallel": "tensor parallelism",
+    "pipeline": "a pipeline with schedule={schedule}",
+    "colossalai": "Colossal-AI's plugin={plugin}",
+}
 # accelerate's flags for the engines that it starts itself, by the `distributed_type` that sets them.
 ENGINES = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
 PARALLELISM = "PARALLELISM_CONFIG_"
@@ -305,6 +312,42 @@ def refuse_delay():
         )
 
 
+def compiles_whole(engine, role):
+    """Whether a strategy lets a model be compiled as a whole before it is wrapped.
+
+    Args:
+        engine: as launched_engine; role: first word of the YAML's.
+    """
+    return engine == "plain" and role != "colossalai"
+
+
+def check_flags(compiled=None, tries_batches=False, ema_decay=None):
+    """Refuse flags that what the launcher asks for cannot follow.
+
+    Args:
+        compiled: --torch_compile; tries_batches: --auto_find_batch_size; ema_decay: --ema_decay, or None.
+    Raises:
+        UserError: one of them is given in vain.
+    """
+    engine, (role, options) = launched_engine(), launched_role()
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or "2"  # as accelerate has it
+    named = NAMES.get(role if role == "colossalai" else engine, "").format(stage=stage, **options)
+    if compiled and not compiles_whole(engine, role):
+        raise UserError(
+            f"--torch_compile: {named} works between the layers of a model, which would be compiled as a whole: drop "
+            "the flag"
+        )
+    if tries_batches and (engine in ("deepspeed", "pipeline") or role == "colossalai"):  # a backward pass may update
+        raise UserError(f"--auto_find_batch_size cannot try sizes under {named}: give --per_device_train_batch_size")
+    twice = engine == "deepspeed" and stage == "3"  # small parameters, cut and whole; below: versions, masters
+    twice |= options.get("schedule") in DELAYED or options.get("plugin", "ddp") != "ddp"
+    if ema_decay is not None and twice:
+        raise UserError(
+            f"--ema_decay: {named} holds weights in more than one place: choose accelerate_configs/zero2.yaml or "
+            "fsdp.yaml"
+        )
+
+
 def launched_data_ranks(pipeline_config=None):
     """How many of the processes that the launcher says there are read different rows. Args: as launched_pipe."""
     slices, processes = launched_sizes(pipeline_config).slices, launched_pipe(pipeline_config).processes
@@ -317,13 +360,21 @@ def check_optimizer(engine, optimizer):
     Args:
         engine: as launched_engine; optimizer: as build_optimizer returned it.
     Raises:
-        UserError: it looks at whole tensors and would see parts of them, or wants gradients that it cannot get.
+        UserError: it looks at whole tensors and would see parts of them, or wants gradients that it cannot get, or is
+            another than the one that the strategy has.
     """
     if estimates_curvature(optimizer) and (engine in ("deepspeed", "pipeline") or launched_role()[0] == "colossalai"):
         raise UserError(
             f"{type(optimizer).__name__} wants gradients that are not for an update, and here a backward pass leads "
             "to one: give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml or fsdp.yaml"
         )
+    if launched_role()[1].get("plugin") == "gemini":
+        if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam) or optimizer.defaults["amsgrad"]:
+            raise UserError(
+                f"Gemini has its own Adam, and {type(optimizer).__name__} is another optimizer: give --optimizer_type "
+                "adamw, or take accelerate_configs/colossalai_zero2.yaml"
+            )
+        return
     if engine == "pipeline":
         if reason := why_not_apart(optimizer):
             remedy = "give --optimizer_type adamw, or choose accelerate_configs/ddp.yaml"
@@ -344,7 +395,7 @@ def check_optimizer(engine, optimizer):
 def launched_processes():
     """How many processes the launcher says there are."""
     world = os.environ.get("WORLD_SIZE", "1")
-    if not world.isdigit() or int(world) < 1:
+    if not _is_count(world):
         raise UserError(f"WORLD_SIZE is '{world}' in the environment: unset it, or start with accelerate launch")
     return int(world)
 
@@ -382,7 +433,7 @@ def parse_role(text):
 
 
 def _is_count(text):
-    return text.isdigit() and int(text) > 0
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def launched_role():
@@ -394,7 +445,7 @@ def _parallelism():
     """The sizes that the YAML's parallelism_config gives, by name, where they are more than one."""
     found = {}
     for name, value in os.environ.items():
-        if name.startswith(PARALLELISM) and name.endswith("_SIZE") and value.isdigit() and int(value) > 1:
+        if name.startswith(PARALLELISM) and name.endswith("_SIZE") and _is_count(value) and int(value) > 1:
             found[name.removeprefix(PARALLELISM).removesuffix("_SIZE").lower()] = int(value)
     if unknown := sorted(found.keys() - {"dp_replicate", "dp_shard", "tp"}):
         raise UserError(f"the YAML's parallelism_config {unknown[0]}_size is not supported: set it to 1")
@@ -410,10 +461,23 @@ def _resolve_precision(asked, cpu):
             f"accelerate launch --mixed_precision {asked}"
         )
     precision = asked or launched or ("bf16" if has_bf16("cpu" if cpu else "cuda") else "no")
-    if precision == "fp16" and cpu and launched_role()[0] != "colossalai":  # whose substitutes for CUDA know it
+    engine, (role, options) = launched_engine(), launched_role()
+    plugin = options.get("plugin")
+    if precision == "fp16" and cpu and role != "colossalai":  # whose substitutes for CUDA know it
         raise UserError("fp16 needs a GPU: use --bf16 or --fp32 (or mixed_precision: bf16 in the YAML) on a CPU")
+    if precision == "fp16" and engine == "pipeline":
+        raise UserError("fp16 is not supported in a pipeline: take bf16")
+    if precision == "fp16" and engine in ("fsdp", "tensor_parallel"):
+        raise UserError("fp16 is not supported under FSDP and tensor parallelism: take bf16, or a ZeRO YAML")
+    if precision == "fp16" and plugin == "ddp":
+        raise UserError("the YAML's plugin=ddp has no fp16 here: take accelerate_configs/ddp.yaml, which does it")
+    if precision == "no" and plugin == "gemini":
+        raise UserError(
+            "Gemini trains in bf16 or fp16: give --bf16 (accelerate launch --mixed_precision bf16), or take "
+            "accelerate_configs/colossalai_zero2.yaml"
+        )
     if precision == "fp8":
-        check_fp8(launched_engine(), cpu)
+        check_fp8(engine, cpu)
     return precision
 
 

@@ -9,9 +9,8 @@ import contextlib
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
 from common.models.head_loss import HeadLoss
-from common.models.stages import check_stages, drop_unused, refuse_undivided, used_parameters
+from common.models.stages import check_stages, drop_unused, used_parameters
 from common.parallel.dealt import Dealt
 from common.parallel.delayed import Delayed, DelayedOptimizer
 from common.parallel.exchange import Exchange
@@ -42,18 +41,11 @@ class PipelineAccelerator(PlainAccelerator):
 
     Args:
         launch: common.parallel.launch.Launch; settings: of accelerate.Accelerator.
-    Raises:
-        UserError: a precision that is not supported.
     """
 
-    compiles = tries_batches = False
-
     def __init__(self, launch, **settings):
-        if launch.precision not in ("no", "bf16"):
-            raise UserError(f"{launch.precision} is not supported in a pipeline: take bf16")
         super().__init__(launch, **settings)
         self.pipe, self.states, self.pipeline = launch.pipe, StageStates(self), None
-        self.averages = not self.delayed
         self._per_device, self.max_grad_norm = 0, 0.0
 
     @property
@@ -181,8 +173,7 @@ class Pipeline(torch.nn.Module):
     def __init__(self, accelerator, model):
         super().__init__()
         pipe = accelerator.pipe
-        check_stages(model.config, pipe)
-        refuse_undivided(model)
+        check_stages(model, pipe)
         self.accelerator, self.pipe, self.runner, self.times = accelerator, pipe, None, None
         named = dict(model.named_parameters())
         first = {parameter: name for name, parameter in named.items()}

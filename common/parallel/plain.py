@@ -14,14 +14,11 @@ class PlainAccelerator(Accelerator):
         launch: common.parallel.launch.Launch; settings: of accelerate.Accelerator.
     Attributes:
         states: the module that turns what this strategy holds into whole tensors and back; see common.parallel.state.
-        compiles: whether the model may be compiled as a whole before prepare().
-        averages: whether the weights that a process holds may be exchanged for others between two steps.
-        tries_batches: whether a batch may be tried out between two steps.
+        compiles: whether the model may be compiled as a whole before prepare(); make_accelerator says so.
         steps_behind: how many steps the loss and the norm that a step returns are older than it.
     """
 
     states = tensors
-    compiles = averages = tries_batches = True
     steps_behind = 0
 
     def __init__(self, launch, **settings):

@@ -40,13 +40,9 @@ class ShardedAccelerator(PlainAccelerator):
         UserError: something in the YAML that is not done here.
     """
 
-    compiles = False
-
     def __init__(self, launch, **settings):
         self._engine, self._sizes = launch.engine, launch.sizes
         self._offload, self._reshard = _fsdp_options() if launch.engine == "fsdp" else (False, True)
-        if launch.precision == "fp16":
-            raise UserError("fp16 is not supported under FSDP and tensor parallelism: take bf16, or a ZeRO YAML")
         for name in [name for name in os.environ if name.startswith(PARALLELISM)] + [
             "ACCELERATE_USE_FSDP",
             "ACCELERATE_USE_PARALLELISM_CONFIG",

@@ -9,7 +9,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from common.errors import UserError
 from common.hardware import has_bf16
 from common.models.stages import check_stages
-from common.parallel.launch import check_launch, restarts
+from common.parallel.launch import check_launch, compiles_whole, restarts
 from common.parallel.plain import PlainAccelerator
 from common.parallel.processes import meet_again
 from common.parallel.slicing import check_slices
@@ -63,6 +63,7 @@ def make_accelerator(precision=None, tracker="none", pipeline_config=None):
             f"{launch.precision} was asked for and accelerate has taken {accelerator.mixed_precision}: give "
             f"accelerate launch --mixed_precision {accelerator.mixed_precision}"
         )
+    accelerator.compiles = compiles_whole(launch.engine, launch.role)
     if launch.world > 1:
         start_watch(accelerator.process_index, launch.world, accelerator.place_of)
     return accelerator
@@ -88,16 +89,16 @@ def _accelerator_class(launch):
     return PlainAccelerator
 
 
-def check_cut(config, launch):
+def check_cut(model, launch):
     """Refuse a model that the launcher's YAML asks to cut in vain.
 
     Args:
-        config: transformers configuration; launch: as check_launch returns it.
+        model: of transformers; launch: as check_launch returns it.
     Raises:
         UserError: a family that cannot be cut so, or a shape.
     """
-    check_slices(config, launch.sizes.slices)
-    check_stages(config, launch.pipe)
+    check_slices(model.config, launch.sizes.slices)
+    check_stages(model, launch.pipe)
 
 
 def loader(accelerator):
@@ -144,15 +145,8 @@ def compiles(accelerator, asked):
     """Whether the model is to be compiled as a whole, before prepare().
 
     Args:
-        asked: --torch_compile; None means on a GPU, where the strategy allows it.
-    Raises:
-        UserError: asked for, and not possible.
+        asked: --torch_compile, which check_flags has passed; None means on a GPU, where the strategy allows it.
     """
-    if asked and not accelerator.compiles:
-        raise UserError(
-            f"--torch_compile: {accelerator.describe_strategy()} works between the layers of a model, which would be "
-            "compiled as a whole: drop the flag"
-        )
     return accelerator.compiles and accelerator.device.type == "cuda" if asked is None else asked
 
 

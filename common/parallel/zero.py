@@ -48,8 +48,6 @@ class ZeroAccelerator(PlainAccelerator):
         UserError: an extension that cannot be built.
     """
 
-    compiles = tries_batches = False  # the backward pass makes the update, too
-
     def __init__(self, launch, **settings):
         self.states = sys.modules[__name__]
         self._precision = launch.precision
@@ -78,7 +76,6 @@ class ZeroAccelerator(PlainAccelerator):
             build_extension("deepspeed_shm_comm")  # which DeepSpeed would build in the middle of its start
         elif offloaded:
             build_extension("cpu_adam")
-        self.averages = plugin.zero_stage < 3  # which keeps small parameters twice, cut and whole
         with contextlib.redirect_stdout(io.StringIO()):  # every process would say that its extension was loaded
             Accelerator.__init__(  # without what data parallelism asks for
                 self, mixed_precision=mixed_precision, deepspeed_plugin=plugin, kwargs_handlers=handlers, **settings

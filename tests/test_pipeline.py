@@ -14,6 +14,7 @@ from statistics import median, stdev
 import pytest
 
 from common.arguments import parse_pretraining_arguments
+from common.data.glue import TASKS
 from common.errors import UserError
 from common.glue.plan import Run as GlueRun
 from common.glue.summary import DIVERGED, FINISHED, RunResult, write_summary
@@ -286,6 +287,86 @@ def test_changed_settings_are_refused_or_taken_away_with_what_follows(pipeline_f
     text = [shell_stage(out, "a", f"echo a --rate 1 > {out}/a", inputs=[["text.txt", 3, 5]])]
     with pytest.raises(UserError, match="stage a was made with other settings: its text has changed"):
         stamps.settle_changes(text, overwrite=False)
+
+
+FETCHED = """
+SYSTEM: {NUM_GPUS: 0}
+DATASET: {input: TEXT}
+PRETRAIN: {model_size: tiny, max_train_steps: 1}
+FINETUNE: {tasks: [rte, mrpc], data_dir: glue}
+"""
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """The data stage of a YAML, planned anew for each call, whose commands note how they are called."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr("common.pipeline.plan.REPOSITORY", tmp_path)
+    (tmp_path / "prepare_pile_data.py").write_text("print('called download')")
+    fetch = '[[ $1 != "$BROKEN" ]] || exit 1; echo called $1; mkdir -p $2/${1^^}'
+    (tmp_path / "scripts" / "download_finetune_dataset.sh").write_text(fetch)
+
+    def call(text=FETCHED, broken="none"):
+        """Settle, and run what is to be run. Returns: ([what was called], exit code)."""
+        (stage,) = [one for one in plan(read_pipeline(written(tmp_path, text)), tmp_path) if one.name == "data"]
+        stamps, log = Stamps(tmp_path), tmp_path / "logs" / "data.log"
+        stamps.settle_changes([stage], overwrite=False)
+        log.unlink(missing_ok=True)
+        env = {"PATH": "/usr/bin:/bin", "BROKEN": broken}
+        code = 0 if stamps.is_done(stage) else run_stage(stage, tmp_path, stamps, env, StopSignals())
+        assert stamps.is_done(stage) == (code == 0)
+        assert stamps.state(stage) == ("" if code else "done")
+        return re.findall("^called (.*)$", log.read_text() if log.exists() else "", re.MULTILINE), code
+
+    return call
+
+
+def test_data_that_is_fetched_where_it_is_absent_is_no_setting(data, tmp_path):
+    """Download of the text is; the tasks' folders show by themselves what there is."""
+    remote = FETCHED.replace("TEXT", "https://example.org/text.txt")
+    assert data(remote, broken="mrpc") == (["download", "rte"], 1)
+    assert data(remote) == (["download", "mrpc"], 0)  # goes on, and plans the same though there is more than before
+    assert data(remote) == ([], 0)
+    shutil.rmtree(tmp_path / "glue" / "RTE")
+    assert data(remote) == (["rte"], 0)
+    assert data(remote) == ([], 0)
+    with pytest.raises(UserError, match="stage data was made with other settings: --input https://example.org/text"):
+        data(remote.replace("text.txt", "other.txt"))
+
+
+def test_data_that_was_there_before_needs_no_fetching(data, tmp_path):
+    for folder in ("RTE", "MRPC"):
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+    assert data() == ([], 0)
+    assert data(FETCHED.replace("TEXT", "http://example.org/text.txt")) == (["download"], 0)
+
+
+def test_data_that_was_copied_by_hand_after_a_failure_ends_its_stage(data, tmp_path):
+    assert data(broken="mrpc") == (["rte"], 1)
+    (tmp_path / "glue" / "MRPC").mkdir()
+    assert data() == ([], 0) and Stamps(tmp_path).read(Stage("data", "", (), tmp_path, None))["finished"]
+
+
+def test_all_of_glue_is_fetched_where_a_folder_is_absent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = written(tmp_path, FETCHED.replace("tasks: [rte, mrpc], ", ""))
+    (stage,) = [one for one in plan(read_pipeline(config), tmp_path) if one.name == "data"]
+    (command,) = stage.commands
+    assert command.words[-2:] == ("all", "glue") and not Stamps(tmp_path).is_done(stage)
+    for task in TASKS.values():
+        (tmp_path / "glue" / task.folder).mkdir(parents=True)
+    assert Stamps(tmp_path).is_done(stage)
+
+
+def test_a_stage_of_an_earlier_version_is_refused_with_what_it_ran(data, tmp_path):
+    commands = ["bash scripts/download_finetune_dataset.sh rte glue"]
+    stamp = {"settings": {"commands": commands, "inputs": []}, "seconds": 1.0, "finished": "2026-11-22 10:00:00"}
+    (tmp_path / "stamps").mkdir()
+    (tmp_path / "stamps" / "data.json").write_text(json.dumps(stamp))
+    with pytest.raises(UserError, match="data was made with other settings: without bash scripts/download_finetune"):
+        data()
 
 
 def test_a_signal_ends_the_stage_and_what_outlives_a_pipeline_is_waited_for(pipeline_folder, capfd):

@@ -80,7 +80,7 @@ def main(argv=None):
     stop.listen()
     began = time.monotonic()
     for stage in chosen:
-        if stamps.is_done(stage) and not stage.always:
+        if stamps.is_done(stage):
             print(f"== {stage.name}: done already", flush=True)
             continue
         if code := run_stage(stage, out, stamps, env, stop):
@@ -133,19 +133,24 @@ class Stamps:
         path = self._path(stage)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def is_done(self, stage):
-        """Whether it is finished with these settings."""
+    def remaining(self, stage):
+        """Its commands that have to be run: all but those of a finished stage and those whose folders are there."""
         found = self.read(stage)
-        return bool(found) and found["finished"] is not None and found["settings"] == stage.settings
+        finished = found and found["finished"] is not None and found["settings"] == stage.settings
+        done = finished and not stage.always
+        return [command for command in stage.commands if not (command.is_made if command.makes else done)]
+
+    def is_done(self, stage):
+        """Whether nothing of it has to be run, and it was not stopped since it began."""
+        found = self.read(stage)
+        return not self.remaining(stage) and (found is None or found["finished"] is not None)
 
     def state(self, stage):
         """What the plan says of it."""
         found = self.read(stage)
-        if found is None or stage.always:
-            return ""
-        if found["settings"] != stage.settings:
+        if found and found["settings"] != stage.settings and not stage.always:
             return "was made with other settings"
-        return "" if found["finished"] is None else "done"
+        return "done" if self.is_done(stage) else ""
 
     def settle_changes(self, stages, overwrite):
         """Refuse a stage that was begun with other settings, or take it and what follows away.
@@ -210,7 +215,7 @@ def _difference(stage, found):
 
 
 def run_stage(stage, out, stamps, env, stop):
-    """Run a stage's commands, one after the other; what they print goes to its log and to the screen.
+    """Run what remains of a stage, one command after the other; what they print goes to its log and to the screen.
 
     Args:
         stage: Stage; out: Path; stamps: Stamps; env: dict; stop: StopSignals.
@@ -219,8 +224,9 @@ def run_stage(stage, out, stamps, env, stop):
     """
     log = out / "logs" / f"{stage.name}.log"
     print(f"== {stage.name}: {stage.does} (log {log})", flush=True)
+    commands = stamps.remaining(stage)
     before, began = stamps.begin(stage), time.monotonic()
-    for command in stage.commands:
+    for command in commands:
         code = run_command(command, log, env, stop)
         seconds = before + time.monotonic() - began
         if stop.requested:
@@ -232,6 +238,7 @@ def run_stage(stage, out, stamps, env, stop):
             print(f"error: stage {stage.name} ended with code {code}: {command}", file=sys.stderr)
             print(f"its log is {log}; once mended, the same command continues", file=sys.stderr, flush=True)
             return BAD_INPUT if code == BAD_INPUT else 1
+    seconds = before + time.monotonic() - began
     stamps.finish(stage, seconds)
     print(f"== {stage.name}: done in {format_duration(seconds)}", flush=True)
     return 0

@@ -238,6 +238,33 @@ def test_what_the_command_line_refuses(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_only_addresses_and_the_pile_itself_are_remote(tmp_path, monkeypatch):
+    """Text of one's own that is called like the Pile is no download, and its size and changes are known."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pile_clean"
+    folder.mkdir()
+    written(folder, "x" * 3_000_000, "a.txt")
+
+    def stages(text):
+        config = written(tmp_path, f"DATASET: {{input: {text}}}\nFINETUNE: {{ENABLED: False}}")
+        return {stage.name: stage for stage in plan(read_pipeline(config), Path("out"))}
+
+    for local in ("pile_clean/*.txt", "pile_clean"):
+        found = stages(local)
+        assert "data" not in found and found["tokenizer"].basis == "3 MB of text" and found["tokenizer"].seconds > 20
+        ((path, size, _),) = found["tokenizer"].inputs
+        assert (path, size) == ("pile_clean/a.txt", 3_000_000)
+        settings = found["tokenizer"].settings
+        written(folder, "y" * 3_000_000, "a.txt")
+        assert stages(local)["tokenizer"].settings != settings
+    for remote in ("pile", "https://example.org/a.txt", "HTTP://example.org/a.txt"):
+        found = stages(remote)
+        assert " download --input " in str(found["data"].commands[0])
+        assert found["tokenizer"].inputs == [] and found["tokenizer"].seconds is None
+    folder.rename("pile")
+    assert "data" not in stages("pile") and stages("pile")["tokenizer"].basis == "3 MB of text"
+
+
 # ---- Stages --------------------------------------------------------------------------------------------------------
 
 

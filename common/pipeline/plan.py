@@ -17,12 +17,12 @@ from common.glue_arguments import parse_glue_arguments
 from common.models.families import FAMILIES
 from common.pipeline.config import FOLLOWS, GLUE_DIR
 from common.prepare.arguments import parse_command
+from common.prepare.inputs import is_remote
 from common.progress import format_duration
 from common.utilisation import masked_flops
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "data", "tokenizer", "pretrain", "finetune", "collect", "submission", "report")
-REMOTE = ("http://", "https://", "pile")
 FOLLOWS_SEEDS = 3  # of the task that needs no data
 FOLLOWS_ROWS = 16000  # of run_finetune_glue.sh
 # What a time estimate assumes where the YAML gives no hours
@@ -158,7 +158,7 @@ class _Planner:
 
     def _data(self):
         commands, off = [], self._off("DATASET")
-        remote = [one for one in self._inputs() if one.startswith(REMOTE)]
+        remote = [one for one in self._inputs() if is_remote(one)]
         if not off and remote:
             commands.append(self._python("prepare_pile_data.py", "download", *self._prepare_words()))
         if self.pipeline.enabled("FINETUNE"):
@@ -205,7 +205,7 @@ class _Planner:
         files, whole = [], not self.pipeline.datasets
         for pattern in self._inputs():
             try:
-                found = [] if pattern.startswith(REMOTE) else expand_files(pattern)
+                found = [] if is_remote(pattern) else expand_files(pattern)
             except UserError:
                 found = []  # not there yet
             whole = whole and bool(found)

@@ -233,9 +233,31 @@ def test_what_the_command_line_refuses(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=re.escape(said)):
             main(words)
     written(tmp_path, SIMPLE)
-    with pytest.raises(UserError, match="SYSTEM.NUM_GPUS 4, but this machine shows"):
-        main(["own.yaml"])
+    for stages in ([], ["pretrain"], ["finetune", "report"]):
+        with pytest.raises(UserError, match="SYSTEM.NUM_GPUS 4, but this machine shows"):
+            main(["own.yaml", *stages])
     assert not (tmp_path / "runs").exists()
+
+
+def test_stages_that_do_not_train_need_no_gpus(tmp_path, monkeypatch, capsys):
+    """What another machine has trained is collected and shown on one without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    run = GlueRun("rte", 4e-5, 16, 5.0, 1, "rte/1")
+    result = RunResult(run, FINISHED, {"accuracy": 0.6})
+    config, out = written(tmp_path, SIMPLE), tmp_path / "runs" / "own"
+    for name in ("pretrain", "finetune"):
+        (out / name).mkdir(parents=True)
+    write_summary(out / "finetune", "a sweep", [result], {"rte": {"accuracy": 0.53}}, [])
+    for stage in plan(read_pipeline(config), Path("runs/own")):
+        if stage.name in ("data", "tokenizer", "pretrain", "finetune"):
+            Stamps(out).finish(stage, 1.0)
+    for task in TASKS.values():
+        (tmp_path / "glue_data" / task.folder).mkdir(parents=True)
+    assert main(["own.yaml", "data", "collect", "report"]) == 0
+    assert "== data: done already" in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text())["tasks"][0]["median"] == pytest.approx(0.6)
+    assert "SYSTEM" in Page((out / "report.html").read_text()).text
+    assert main(["own.yaml", "pretrain", "finetune"]) == 0  # they are done
 
 
 def test_only_addresses_and_the_pile_itself_are_remote(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from common.utilisation import masked_flops
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "data", "tokenizer", "pretrain", "finetune", "collect", "submission", "report")
+TRAIN = ("pretrain", "finetune")  # of these, those that train
 FOLLOWS_SEEDS = 3  # of the task that needs no data
 FOLLOWS_ROWS = 16000  # of run_finetune_glue.sh
 # What a time estimate assumes where the YAML gives no hours

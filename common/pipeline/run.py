@@ -20,7 +20,7 @@ from common.errors import BAD_INPUT, UserError, run_main
 from common.files import write_whole
 from common.logged_process import Process, lock_log
 from common.pipeline.config import read_pipeline
-from common.pipeline.plan import STAGES, format_plan, plan
+from common.pipeline.plan import STAGES, TRAIN, format_plan, plan
 from common.progress import format_duration
 from common.stop import StopSignals
 
@@ -67,7 +67,7 @@ def main(argv=None):
         raise UserError(f"stage {name} has nothing to do by {args.config}: see the plan above")
     if args.compare_with and not args.compare_with.is_dir():
         raise UserError(f"--compare_with {args.compare_with}: no such folder; give another pipeline's")
-    refuse_missing_gpus(pipeline)
+    refuse_missing_gpus(pipeline, [stage for stage in chosen if not stamps.is_done(stage)])
     stamps.settle_changes(stages, args.overwrite_output_dir)
     refuse_gaps(stages, chosen, stamps)
     (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,10 @@ def _facts(pipeline, stages):
     return facts | {"commands": commands}
 
 
-def refuse_missing_gpus(pipeline):
-    """Raise UserError where the YAML asks for more GPUs than there are."""
+def refuse_missing_gpus(pipeline, stages):
+    """Raise UserError where one of the stages trains and the YAML asks for more GPUs than there are."""
+    if not any(stage.name in TRAIN for stage in stages):
+        return
     asked, there = pipeline.sections["SYSTEM"].get("NUM_GPUS", 0), torch.cuda.device_count()
     if asked > there:
         raise UserError(

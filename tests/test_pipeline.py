@@ -287,6 +287,19 @@ def test_only_addresses_and_the_pile_itself_are_remote(tmp_path, monkeypatch):
     assert "data" not in stages("pile") and stages("pile")["tokenizer"].basis == "3 MB of text"
 
 
+def test_a_stage_that_is_done_says_so_when_it_is_named(tmp_path, monkeypatch, capsys):
+    """One for which the YAML has nothing to do is refused."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, SMALL.replace("tasks: follows", "tasks: rte"))
+    (tmp_path / "glue_data" / "RTE").mkdir(parents=True)
+    for _ in range(2):
+        assert main(["own.yaml", "data"]) == 0
+        assert "== data: done already" in capsys.readouterr().out
+    written(tmp_path, SMALL.replace("tasks: follows", "ENABLED: False, tasks: rte"))
+    with pytest.raises(UserError, match="stage data has nothing to do by own.yaml"):
+        main(["own.yaml", "data"])
+
+
 # ---- Stages --------------------------------------------------------------------------------------------------------
 
 

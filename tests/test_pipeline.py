@@ -124,6 +124,21 @@ def test_every_shipped_yaml_is_planned_and_nothing_is_written(path, tmp_path, mo
     assert "time in all: about" in said and not list(tmp_path.iterdir())
 
 
+def test_the_batch_of_24_hours_grows_as_crammings_where_the_speed_is_known(tmp_path):
+    """The line of the YAML that waits for a number: at an even speed the batch is Cramming's at each time."""
+    config = (REPOSITORY / "configs" / "24h-single-gpu.yaml").read_text()
+    in_24_hours, line = 70_000_000, "  # rampup_batch_size: [128, 128, ROWS]"
+    assert line in config
+    config = config.replace(line, f"  rampup_batch_size: [128, 128, {int(0.6 * in_24_hours)}]")
+    (command,) = planned(written(tmp_path, config))["pretrain"]
+    words = command.partition("run_pretraining.sh")[2].split()[4:]
+    args = parse_pretraining_arguments(words)[2]
+    ramp = args.batch_ramp
+    assert ramp.cut(args.per_device_train_batch_size, 1) == (128, 64) and args.lr_schedule == "time"
+    for rows in range(0, in_24_hours, 100_000):  # linear from a micro-batch on, whole micro-batches
+        assert abs(ramp.at(rows)[0] - min(8192, 128 + 8192 * rows / (0.6 * in_24_hours))) <= 2 * 128
+
+
 @pytest.mark.parametrize("text", [SIMPLE, LARGE, CUSTOMIZED, DOCUMENTED])
 def test_extremeberts_files_mean_its_recipe(text, tmp_path, monkeypatch):
     """Its own command, in tests/pretraining.py, differs where its pipeline does: micro batch, curve, what ends it."""

@@ -216,6 +216,7 @@ def test_our_flags_win_and_sections_in_them_have_our_defaults(tmp_path):
         ("NUM_STEPS: 100", "output_dir: x", "is the pipeline's to set: give --output_dir of run_pipeline.sh"),
         ("[2, 3]", "[2, 3]\n  warmup_ratio: 2", "FINETUNE: --warmup_ratio 2.0 is out of range"),
         ("[2, 3]", "[2, 3]\n  tasks: [rte, cila]", "FINETUNE: "),
+        ("[2, 3]", "[2, 3]\n  tasks: [rte, ax]", "FINETUNE: task ax is not trained for: name mnli"),
         ("NUM_STEPS: 100", "mlm_probability: 2", "PRETRAIN: --mlm_probability 2.0 is out of range"),
         ("NUM_STEPS: 100", "NUM_STEPS: 100, NUM_STEPS: 200", "line 7: the key NUM_STEPS stands there twice"),
         ("NUM_GPUS: 4", "NUM_GPUS: 2", "give each GPU once, from 0 to SYSTEM.NUM_GPUS - 1 (1)"),

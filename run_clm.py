@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 import transformers
 from accelerate.utils import set_seed
 
@@ -92,7 +91,7 @@ def main():
     tokenizer, rows, eval_rows, corpus = parallel.main_first(
         accelerator, partial(prepare_rows, config, data_args, say)
     )
-    fit_vocabulary(config, tokenizer, model_args)
+    fit_vocabulary(config, tokenizer, model_args, data_args)
     per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
     shape = (config, data_args, args, per_device, accumulation)
     workload = make_workload(*shape, in_force["precision"], ranks, accelerator.device.type, sharding)
@@ -101,7 +100,7 @@ def main():
     say(format_estimate(expected, args.mem_cap))
     if not footprint.traced:
         say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
-    refuse_above_cap(workload, expected, args.mem_cap)
+    refuse_above_cap(workload, expected, args.mem_cap, bool(model_args.model_name_or_path))
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     if args.mem_cap:
         parallel.limit_memory(accelerator, args.mem_cap)
@@ -230,34 +229,38 @@ def make_workload(config, data_args, args, rows, accumulation, precision, ranks,
 def check(config, model_args, data_args, args):
     """--check_arguments: everything that can fail before training does so here; the text is prepared."""
     launch = parallel.check_launch(args.precision, args.report_to, args.torch_compile, args.pipeline_config)
-    refuse_fused_loss(args.use_liger_kernel, "cpu" if launch.cpu else "cuda")
+    device = "cpu" if launch.cpu else "cuda"
+    refuse_fused_loss(args.use_liger_kernel, device)
     parallel.check_cut(config, launch)
-    workload = expected_workload(config, data_args, args)
+    workload = expected_workload(config, data_args, args, launch.precision, device)
     parallel.check_micro_batches(launch.pipe, workload.rows, workload.accumulation)
     if args.replay_clock:
         read_readings(args.replay_clock)
     if args.resume_from_checkpoint:
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     tokenizer, *_ = prepare_rows(config, data_args, print)
-    fit_vocabulary(config, tokenizer, model_args)
-    refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap)
-    if model_args.model_name_or_path:  # random weights cannot be damaged
+    fit_vocabulary(config, tokenizer, model_args, data_args)
+    pretrained = bool(model_args.model_name_or_path)
+    refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap, pretrained)
+    if pretrained:  # random weights cannot be damaged
         build_causal_lm(model_args, data_args, config, parallel.load_shapes)
     return 0
 
 
 def plan(config, model_args, data_args, args):
-    """--dry_run: what the run would be, from the shapes alone."""
-    print(format_plan(planned(expected_workload(config, data_args, args), every=True), name_of(model_args)))
+    """--dry_run: what the run would be on GPUs, from the shapes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        precision = args.precision or "bf16"  # as the YAMLs have it
+        rows = planned(expected_workload(config, data_args, args, precision, "cuda"), every=True)
+        print(format_plan(rows, name_of(model_args)))
     return 0
 
 
-def expected_workload(config, data_args, args):
-    """As make_workload, before an accelerator says what is in force."""
+def expected_workload(config, data_args, args, precision, device):
+    """As make_workload, before an accelerator says what is in force; precision: as --precision or "no"."""
     ranks = parallel.launched_data_ranks(args.pipeline_config)
     per_device, accumulation = args.batch_ramp.cut(args.per_device_train_batch_size, ranks)
-    precision = args.precision if args.precision in ("bf16", "fp16") else "fp32"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = {"no": "fp32"}.get(precision, precision)
     sharding = parallel.launched_sharding(args.pipeline_config)
     return make_workload(config, data_args, args, per_device, accumulation, precision, ranks, device, sharding)
 

@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArg
 from common.errors import UserError
 from common.flags import at_least, between, drop_replaced, flag_names, one_of, parse, positive
 from common.length_stages import Stage, parse_stages, refuse_empty_stages
+from common.loading import CONFIG_ERRORS
 from common.models.electra import DISCRIMINATOR_WEIGHT, GENERATOR_WEIGHT
 from common.models.presets import (
     DEVIATION,
@@ -315,7 +316,7 @@ def _of_config(model):
             found = json.loads(Path(name).read_text(encoding="utf-8"))
         else:
             found = AutoConfig.from_pretrained(name).to_dict()
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"--config_name {name} cannot be read: give a config.json, a folder or a hub name") from error
     if not isinstance(found, dict) or found.get("model_type", "bert") != "bert":
         raise UserError(f"--config_name {name} is no BERT's: choose --model_type and --model_size, and shape flags")

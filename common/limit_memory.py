@@ -19,13 +19,14 @@ PRESETS = {"opt": (OPT_SIZES, opt_shape)} | {  # of a model type: its sizes, and
 }
 
 
-def refuse_above_cap(workload, expected, cap_gb, configs=CONFIGS):
+def refuse_above_cap(workload, expected, cap_gb, pretrained=False, configs=CONFIGS):
     """Raise where an estimate is above the cap, with one line that names what would fit.
 
     Args:
         workload: common.memory.Workload.
         expected: its MemoryEstimate.
         cap_gb: GB of 1e9 bytes per process; 0 or None: no cap.
+        pretrained: whether the model's weights are given, so that no smaller model can be chosen.
         configs: folder of accelerate YAMLs to choose from.
     Raises:
         UserError: the estimate is above the cap.
@@ -33,7 +34,7 @@ def refuse_above_cap(workload, expected, cap_gb, configs=CONFIGS):
     if not cap_gb or expected.total <= cap_gb * GB:
         return
     least, remedy = expected.total, "raise it"
-    for changed, flags in _remedies(workload, Path(configs)):
+    for changed, flags in _remedies(workload, Path(configs), pretrained):
         total = estimate(changed, expected.libraries).total
         if total <= cap_gb * GB:
             remedy = f"{flags} would fit ({total / GB:.2f} GB)"
@@ -46,7 +47,7 @@ def refuse_above_cap(workload, expected, cap_gb, configs=CONFIGS):
     )
 
 
-def _remedies(workload, configs):
+def _remedies(workload, configs, pretrained):
     """What to try, in this order: (Workload, the flags that make it)."""
     checkpointed = replace(workload, gradient_checkpointing=True)
     flag = "" if workload.gradient_checkpointing else " --gradient_checkpointing"
@@ -65,7 +66,7 @@ def _remedies(workload, configs):
         launch = f"accelerate launch --config_file {path}"
         yield replace(workload, **strategy), launch
         yield replace(least, **strategy), f"{launch} with{flags}"
-    for base, more in ((workload, ""), (least, flags)):
+    for base, more in () if pretrained else ((workload, ""), (least, flags)):
         for size, config in _smaller_models(workload.config):
             if slicing_fault(config, base.slices):
                 continue

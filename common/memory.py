@@ -20,7 +20,9 @@ RECOMPUTED_HEAP_SHARE = 0.35
 class Strategy:
     """What is cut over the processes; every number is fp32, in bf16 and fp16 too, which are autocast's.
 
-    zero: DeepSpeed does it. master_weights: the optimizer has a copy of its share of the weights.
+    zero: DeepSpeed does it. halves: Colossal-AI does it, with weights and gradients in 16 bits where products are.
+    chunks: in Gemini's chunks, in which gradients take their weights' place. master_weights: the optimizer has a copy
+    of its share of the weights.
     Source: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.
     """
 
@@ -29,6 +31,8 @@ class Strategy:
     parameters: bool = False
     zero: bool = False
     master_weights: bool = False
+    halves: bool = False
+    chunks: bool = False
 
 
 STRATEGIES = {
@@ -37,7 +41,12 @@ STRATEGIES = {
     "zero2": Strategy(optimizer=True, gradients=True, zero=True, master_weights=True),
     "fsdp": Strategy(optimizer=True, gradients=True, parameters=True),
     "zero3": Strategy(optimizer=True, gradients=True, parameters=True, zero=True),
+    "colossalai_zero1": Strategy(optimizer=True, master_weights=True, halves=True),
+    "colossalai_zero2": Strategy(optimizer=True, gradients=True, master_weights=True, halves=True),
+    "gemini": Strategy(optimizer=True, gradients=True, parameters=True, master_weights=True, halves=True, chunks=True),
 }
+CHUNK = 2**25  # numbers in a chunk of Gemini, of the YAMLs; one matrix that is larger has a chunk of its size
+COLOSSALAI_BUCKET = 12 * 2**20  # numbers that low-level ZeRO sends at once, its default
 BUCKET = 5 * 10**7  # DeepSpeed's reduce_bucket_size, in numbers; its default, ten times that, takes 2 to 4 GB of a GPU
 # DeepSpeed's own defaults, in numbers: stage3_max_reuse_distance, from a layer's forward pass to its backward pass and
 # so twice what lies behind it; stage3_prefetch_bucket_size; sub_group_size.
@@ -160,9 +169,12 @@ def estimate(workload, libraries=0):
         return -(-size // max(1, workload.ranks // workload.replicas)) if is_cut else size
 
     # ---- What stays from step to step ---------------------------------------------------------------
-    parameters, gradients = share(whole, cut.parameters), share(whole, cut.optimizer)
-    if several and (workload.strategy == "zero1" or _gathers(workload)):  # whole until the last micro-batch
-        gradients += whole
+    weights = whole // 2 if cut.halves and mixed else whole
+    parameters, gradients = share(weights, cut.parameters), share(weights, cut.optimizer)
+    in_place = gradients * cut.chunks * (not several)
+    gradients -= in_place
+    if several and cut.optimizer and not cut.gradients or several and _gathers(workload):
+        gradients += weights  # whole until the last micro-batch
     engine_copies = cut.master_weights + (2 - cut.master_weights) * (cut.zero and workload.offload)
     optimizer = share(4 * _moments(workload, model) + engine_copies * whole, cut.optimizer)
     update = share(_update_bytes(workload, model), cut.optimizer)
@@ -172,12 +184,13 @@ def estimate(workload, libraries=0):
     if workload.offload:
         update = 0
         if not on_cpu:  # where it is the same memory
-            host = optimizer + share(whole) + parameters * workload.offload_parameters
-            optimizer, gradients = 0, gradients - share(whole)
+            host = optimizer + share(weights) - in_place + parameters * workload.offload_parameters
+            optimizer, gradients = 0, gradients - share(weights) + in_place
             parameters *= not workload.offload_parameters
 
     # ---- What comes and goes ------------------------------------------------------------------------
-    copies = model.copies[0] + model.layers * model.copies[1]  # of weights, until the backward pass; of cut ones too
+    # of weights, until the backward pass; of cut ones too
+    copies = 0 if cut.halves else model.copies[0] + model.layers * model.copies[1]
     kept = model.kept[0] + model.layers * model.kept[1]
     backward = 2 * model.widest  # gradients of one tensor and of the next
     recomputed = 0
@@ -205,7 +218,9 @@ def estimate(workload, libraries=0):
         gaps += of_output if model.tied else 0
         # so do, as measured, a model that was whole before its cut (one loaded in parts is not, and needs less)
         # and what comes and goes in it; stage 3 moves its part
-        if cut.optimizer:
+        if cut.chunks:
+            gaps += whole * 3 // 2 + 2 * parts["buffers"]  # 1 to 2 times the model, measured with three
+        elif cut.optimizer:
             gaps += whole + parts["buffers"] + share(whole) * (cut.zero and cut.parameters)
         # in stages 1 and 2 the heap grows in some of the first dozen steps, others in each run, by this size or two:
         # to 1 to 13 times it after 17 steps, as measured with two models; 6 keeps all of these within a fifth
@@ -234,6 +249,11 @@ def _buffers(workload, model, mixed):
         bytes at the loss, at the end of the backward pass, at the update.
     """
     cut, layer, whole = STRATEGIES[workload.strategy], 4 * model.largest_layer, 4 * model.parameters
+    if cut.chunks:
+        gathered = 2 * 2 * max(CHUNK, model.output)  # two of them, each in 16 bits
+        return gathered, gathered, 0
+    if cut.halves:
+        return (2 * 4 * COLOSSALAI_BUCKET,) * 3
     if _gathers(workload):
         # whole from the first layer to the end of the backward pass: all but the layers; its gradient, and that laid
         # out to be sent. Of two layers: the weights; of one: where they were gathered, gradients, those to be sent.

@@ -17,6 +17,7 @@ from common.data.masking import targets_per_row
 from common.errors import UserError, run_main
 from common.flags import at_least, one_of, parse
 from common.hardware_table import read_hardware, write_hardware
+from common.loading import CONFIG_ERRORS
 from common.memory import GB, Workload
 from common.memory_plan import format_plan, planned
 from common.models.families import FAMILIES
@@ -202,7 +203,7 @@ def _load(name):
         raise UserError(unknown)
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(unknown) from error
     if config.model_type not in FAMILIES and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model '{name}' is a {config.model_type}, which neither script trains: give {known}")

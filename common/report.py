@@ -81,6 +81,14 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def perplexity(loss: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite where no float is as large, as in Hugging Face's run_clm."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def write_all_results(path: Path, results: dict) -> None:
     """Write a JSON object, whole or not at all; NaN and infinity become null."""
     _write_atomically(Path(path), (_json(results, indent=2) + "\n").encode())
@@ -315,7 +323,7 @@ def _results_table(results: dict, kind: ModelKind) -> list[tuple[str, str, str]]
     losses, accuracies = ([results[f"{who}_{what}"] for who in ("eval", "unigram")] for what in ("loss", "accuracy"))
     table = [("loss (nats)", *(f"{loss:.3f}" for loss in losses)), ("accuracy", *(f"{a:.1%}" for a in accuracies))]
     if kind is CAUSAL:
-        table.insert(1, ("perplexity", *(f"{math.exp(loss):,.2f}" for loss in losses)))
+        table.insert(1, ("perplexity", *(f"{perplexity(loss):,.2f}" for loss in losses)))
     if "eval_sentence_accuracy" in results:
         table.append(("accuracy on pairs of texts", f"{results['eval_sentence_accuracy']:.1%}", "50.0%"))
     if "eval_discriminator_accuracy" in results:

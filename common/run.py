@@ -5,7 +5,6 @@ what they compute, stay in the script.
 """
 
 import contextlib
-import math
 from functools import partial
 
 from common import parallel, run_folder
@@ -17,7 +16,7 @@ from common.limits import WARM_UP_STEPS, Limits, due
 from common.optimizers import estimates_curvature
 from common.parallel.state import bytes_per_rank, load_training_state, save_training_state
 from common.progress import Progress
-from common.report import MetricsLog, write_all_results
+from common.report import MetricsLog, perplexity, write_all_results
 from common.resume import saved_settings
 from common.schedulers import LRScheduler, learning_rate_factor
 from common.stage_report import STAGE_LINE, TIMELINE, write_stage_report
@@ -274,7 +273,7 @@ class Run:
             results = results | {f"ema_{name}": value for name, value in judged.items()}
             loss, folder = judged["eval_loss"], self.output_dir / run_folder.AVERAGE
             self.say(f"average of the weights: held-out loss {loss:.4f}, saved in {folder}")
-        return results | {"perplexity": math.exp(results["eval_loss"])} | self._figures() | self.meter.totals()
+        return results | {"perplexity": perplexity(results["eval_loss"])} | self._figures() | self.meter.totals()
 
     def report_throughput(self, in_force):
         """What --throughput_steps ends with, in place of a model: a line for people and all_results.json.

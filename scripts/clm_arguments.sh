@@ -48,8 +48,8 @@ read_arguments() {
     name=${positional[2]:-}
     if [[ $name == 6.7 ]]; then
         size=6.7b
-    elif [[ $name =~ ^[0-9][0-9.]*[bm]?$ ]]; then
-        size=$name # of an unknown one, run_clm.py says which are known
+    elif [[ $name =~ ^[0-9][0-9.]*[bBmM]?$ ]]; then
+        size=$(tr BM bm <<<"$name") # of an unknown one, run_clm.py says which are known
     elif [[ -n $name ]]; then
         flags+=(--model_name_or_path "$name")
     elif ! given --model_name_or_path --config_name --model_type --model_size; then

@@ -105,6 +105,7 @@ check_then_launch() {
     check "$@"
     shift
     for word in "$@"; do
+        if [[ $word == --dry_run ]]; then exit; fi # the check has printed the plan
         if [[ $word == --overwrite_cache || $word == --overwrite_cache=* ]]; then
             set -- "$@" --overwrite_cache false # the check has done it
             break

@@ -40,7 +40,9 @@ if [[ -z $checkpoint ]]; then
     finished=()
     for config in runs/*/config.json; do
         folder=$(dirname "$config")
-        if [[ -f $folder/all_results.json ]] && grep -q ForMaskedLM "$config"; then finished+=("$folder"); fi
+        [[ -f $folder/all_results.json ]] || continue
+        # what run_pretraining.py leaves: with an objective beside masked tokens it is ...ForPreTraining
+        if grep -qE '"[A-Za-z0-9]+For(MaskedLM|PreTraining)"' "$config"; then finished+=("$folder"); fi
     done
     if ((${#finished[@]} == 0)); then
         echo "error: no finished pretraining in runs/: run bash scripts/run_pretraining.sh first (five minutes), or" \

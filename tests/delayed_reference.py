@@ -45,7 +45,7 @@ def causal():
     model_args, data_args, args = parse_clm_arguments()
     config = causal_config(model_args, data_args)
     tokenizer, rows, _, _ = run_clm.prepare_rows(config, data_args, print)
-    fit_vocabulary(config, tokenizer, model_args)
+    fit_vocabulary(config, tokenizer, model_args, data_args)
 
     def build():
         model = build_causal_lm(model_args, data_args, config, None)

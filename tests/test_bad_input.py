@@ -114,6 +114,15 @@ def test_weights_that_cannot_be_used(harness, tiny_corpus, cache, tmp_path, out)
     vocabulary = write(tmp_path / "vocab.txt", "\n".join([*specials, *string.ascii_lowercase, *map(str, range(869))]))
     bigger = [*words, "--model_name_or_path", donor, "--tokenizer_name", vocabulary]
     refuse(harness, bigger, "640", "900")
+    facts = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(facts | {"intermediate_size": 96}))
+    refuse(harness, [*words, "--model_name_or_path", donor], f"{donor} cannot be loaded")
+    (donor / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": "two"}))
+    refuse(harness, [*words, "--model_name_or_path", donor], f"{donor}: cannot be loaded", "num_hidden_layers")
+    (donor / "config.json").write_text(json.dumps(facts))
+    (donor / "model.safetensors").unlink()
+    (donor / "pytorch_model.bin").write_bytes(b"version 1: sha256")
+    refuse(harness, [*words, "--model_name_or_path", donor], f"{donor} cannot be loaded")
 
 
 def test_a_folder_with_another_run(harness, tiny_corpus, cache, out):

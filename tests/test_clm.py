@@ -188,12 +188,16 @@ def test_flags_are_frozen():
     )
 
 
+TINY_BLOOM = "hidden_size=32,n_layer=1,n_head=2"
 BAD = {
     "unknown size": (["--model_size", "7b"], ["--model_size 7b", "125m", "175b"]),
     "batch 0": (["--per_device_train_batch_size", 0], ["--per_device_train_batch_size 0"]),
     "negative cap": (["--mem_cap", -1], ["--mem_cap -1"]),
     "long blocks": (["--block_size", 256], ["--block_size 256", "128 positions"]),
     "override": (["--config_overrides", "width=3"], ["--config_overrides width=3", "OPTConfig"]),
+    "values that do not go together": (["--config_overrides", "num_attention_heads=7"], ["num_attention_heads=7"]),
+    "an activation": (["--config_overrides", "activation_function=foo"], ["activation_function=foo: 'foo'"]),
+    "no positions": (["--model_type", "bloom", "--config_overrides", TINY_BLOOM, "--packing", "documents"], ["bloom"]),
     "cap too small": (["--mem_cap", 0.001], ["memory cap of 0.001 GB", "too small"]),
     "no such model": (["--model_type", "ott"], ["--model_type ott"]),
     "no causal model": (["--model_type", "vit", "--config_overrides", "hidden_size=32"], ["vit", "causal"]),
@@ -226,6 +230,15 @@ def sharded(finished, tmp_path_factory):
 
 def damage(folder, how):
     shards, index = sorted(folder.glob("model-*.safetensors")), folder / "model.safetensors.index.json"
+    if how in ("a pointer to pickled weights", "half of pickled weights"):
+        weights = load_file(shards[0])
+        for path in (*shards, index):
+            path.unlink()
+        file = folder / "pytorch_model.bin"
+        torch.save(weights, file)
+        whole = b"version 1: sha256" if "pointer" in how else file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        return []
     if how == "corrupt shard":
         shards[1].write_bytes(shards[1].read_bytes()[:-1000])
         return []
@@ -247,9 +260,11 @@ def damage(folder, how):
     return []
 
 
-@pytest.mark.parametrize(
-    "how", ["corrupt shard", "missing shard", "missing in the index", "incomplete shard", "another shape"]
-)
+DAMAGE = ["corrupt shard", "missing shard", "missing in the index", "incomplete shard", "another shape"]
+DAMAGE += ["a pointer to pickled weights", "half of pickled weights"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_weights_are_refused(harness, sharded, tiny_corpus, cache, tmp_path, out, how):
     folder = tmp_path / "model"
     shutil.copytree(sharded, folder)
@@ -272,3 +287,8 @@ def test_a_tokenizer_that_does_not_match_is_refused(harness, finished, tiny_corp
     harness.run(*words).check()
     words = causal_run(tiny_corpus, cache, out, "--model_name_or_path", finished.out, steps=2, overrides=None)
     refused(harness.run(*words, "--tokenizer_name", tmp_path / "other"), out, ["--tokenizer_name", finished.out])
+    shutil.copytree(finished.out, tmp_path / "ends", ignore=shutil.ignore_patterns("step_*", "model*", "config.json"))
+    facts = json.loads((tmp_path / "ends" / "tokenizer_config.json").read_text())
+    facts["eos_token"] = AutoTokenizer.from_pretrained(finished.out).pad_token
+    (tmp_path / "ends" / "tokenizer_config.json").write_text(json.dumps(facts))
+    refused(harness.run(*words, "--tokenizer_name", tmp_path / "ends"), out, ["--tokenizer_name", "ends in id"])

@@ -88,6 +88,7 @@ def test_the_users_flags_go_last_and_whole(either):
     [
         ("350m", ["--model_type", "opt", "--model_size", "350m"]),
         ("6.7", ["--model_type", "opt", "--model_size", "6.7b"]),
+        ("6.7B", ["--model_type", "opt", "--model_size", "6.7b"]),
         ("175b", ["--model_type", "opt", "--model_size", "175b"]),
         ("99b", ["--model_type", "opt", "--model_size", "99b"]),  # run_clm.py lists the known ones
         ("runs/one", ["--model_name_or_path", "runs/one"]),
@@ -100,6 +101,12 @@ def test_models(either, model, expected):
     _, _, launch = outcome(either, "2", "0", model, "--block_size", "64")
     words = [word for word in flags(launch) if word != "--synthetic_data"]
     assert words == ["--per_device_train_batch_size", "2", "--mem_cap", "0", *expected, "--block_size", "64"]
+
+
+def test_a_plan_is_printed_once(synthetic):
+    assert synthetic.start("2", "0", "175b", "8", "--dry_run").wait(timeout=60) == 0
+    (check,) = [call for call in synthetic.started() if "common.data.hub" not in call["argv"]]
+    assert check["argv"][-2:] == ["--dry_run", "--check_arguments"]
 
 
 @pytest.mark.parametrize("name", ["--model_name_or_path", "--config_name", "--model_type", "--model_size"])

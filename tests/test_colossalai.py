@@ -17,7 +17,7 @@ from common.checkpoint import read_state
 from common.errors import UserError
 from common.parallel import colossalai_options
 from common.parallel.launch import parse_role
-from harness import TESTS
+from harness import REPOSITORY, TESTS
 from pretraining import losses, results, training_rows, weights
 from strategies import SCRIPTS, command, small_chunks
 
@@ -271,6 +271,19 @@ def test_a_cap_that_is_too_small_is_one_line(harness, tmp_path):
     ranks = placed(harness, tmp_path, 1e-5)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "error: Gemini's chunks do not fit" in ranks[0].stderr and "--mem_cap" in ranks[0].stderr
+
+
+@pytest.mark.exhaustive
+def test_the_cap_of_a_run_is_what_chunks_are_placed_by(harness, out, tmp_path):
+    text = (REPOSITORY / "accelerate_configs/colossalai_gemini_auto.yaml").read_text()
+    config = tmp_path / "reserves.yaml"
+    config.write_text(text.replace("warmup_non_model_data_ratio=0.8", "warmup_non_model_data_ratio=0.99"))
+    shape = "num_hidden_layers=4,hidden_size=512,word_embed_proj_dim=512,ffn_dim=2048,num_attention_heads=8"
+    words = ["run_clm.py", "--config_overrides", shape, "--synthetic_data", "--block_size", 64, "--mem_cap", 5]
+    words += ["--max_train_steps", 1, "--per_device_train_batch_size", 1, "--output_dir", out]
+    ranks = harness.launch(*words, config=config, num_processes=2)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "error: Gemini's chunks do not fit the 5 GB" in ranks[0].stderr  # a hundredth of it holds none
 
 
 # ---- What is refused -------------------------------------------------------------------------------------

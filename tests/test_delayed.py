@@ -66,12 +66,12 @@ def flags_of(corpus, cache, model, out, *flags):
     return [*ROWS, *FLAGS, *data, "--output_dir", out, *flags]
 
 
-def reference(harness, run, words, copies=1, corrects=0):
+def reference(harness, run, words, copies=1, corrects=0, micro_batches=4):
     """The losses and weights by the definition, with the rates of a run. Returns: (list, dict)."""
     rates = [row["learning_rate"] for row in training_rows(run)]
     out = run.parent / "reference"
     words = [out if word == run else word for word in words]
-    harness.run(TESTS / "delayed_reference.py", json.dumps(rates), 4, copies, corrects, *words).check()
+    harness.run(TESTS / "delayed_reference.py", json.dumps(rates), micro_batches, copies, corrects, *words).check()
     return json.loads((out / "losses.json").read_text()), weights(out)
 
 
@@ -112,6 +112,17 @@ def test_it_equals_its_definition(
     apart = max(float((mine[name] - whole[name]).abs().max()) for name in whole if name in mine)
     print(f"{optimizer}, tied {tied}: weights differ by at most {apart:.1e}")
     assert len(same) > 60 and (all(same) if not tied else apart < 1e-5)
+
+
+@pytest.mark.exhaustive
+def test_two_rounds_of_micro_batches_equal_their_definition(harness, start, tiny_corpus, cache, tmp_path):
+    run = tmp_path / "run"
+    flags = flags_of(tiny_corpus, cache, start(True), run, "--optimizer_type", "adamw", "--logging_steps", 1)
+    flags[flags.index("--per_device_train_batch_size") + 1] = 8
+    assert "8 per device x 2 accumulation" in launch(harness, [SCRIPT, *flags], copy_of(CONFIG, tmp_path))
+    expected, whole = reference(harness, run, [SCRIPT, *flags], micro_batches=8)
+    assert [losses(run)[step + 1] for step in range(1, STEPS)] == pytest.approx(expected[:-1], abs=1e-5)
+    assert max(float((tensor - whole[name]).abs().max()) for name, tensor in weights(run).items()) < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.exhaustive)])

@@ -11,6 +11,7 @@ import pytest
 
 from common.data.glue import TASKS, read_task_file
 from common.errors import UserError
+from common.models.families import FAMILIES
 from common.seed_table import make_table, read_runs
 from harness import REPOSITORY
 from pretraining import results, small_run
@@ -50,6 +51,18 @@ def test_without_arguments_the_newest_pretraining_is_compared_with_random_weight
         assert flag(call, "--model_name_or_path") == "runs/2" and flag(call, "--train_file") == "/train.tsv"
         weights = "random" if "--random_weights" in call["argv"] else "pretrained"
         assert flag(call, "--output_dir") == f"{calls[-1]['argv'][2]}/{weights}-seed{flag(call, '--seed')}"
+
+
+def test_the_newest_pretraining_may_have_any_objective(shell):
+    """All classes that run_pretraining.py saves, and none that other scripts save."""
+    classes = {kind.__name__ for family in FAMILIES.values() for kind in (family.model, family.pairs) if kind}
+    assert {"ElectraForPreTraining", "MegatronBertForPreTraining", "ModernBertForMaskedLM"} < classes
+    for number, kind in enumerate(sorted(classes), start=1):
+        pretrained(shell.here / "runs" / f"{number:02}", kind=kind)
+        for other in ("OPTForCausalLM", "BertForSequenceClassification"):
+            pretrained(shell.here / "runs" / f"{number:02}-{other}", kind=other)
+        call, *_ = launches(shell.run(FRUGAL_SEEDS="7"))
+        assert flag(call, "--model_name_or_path") == f"runs/{number:02}", kind
 
 
 def test_with_data_the_recipe_is_that_of_mrpc(shell):

@@ -384,6 +384,7 @@ def test_a_killed_sweep_under_the_real_launcher(harness, checkpoint, glue, tmp_p
         (["--weight_dekay", "3"], "unknown argument --weight_dekay: did you mean --weight_decay"),
         (["--protocol", "mad"], "--protocol mad is unknown: choose one of sane, grid"),
         (["--tasks", "rte,mrcp"], "--task_name mrcp is unknown"),
+        (["--tasks", "rte,ax"], "task ax is not trained for: name mnli"),
         (["--tasks", "cola"], "holds the files of no task; folders looked for: CoLA"),
         (["--tasks", "rte", "--init_from_mnli"], "--init_from_mnli needs MNLI"),
         (["--init_from_mnli", "--random_weights"], "contradict each other"),

@@ -265,7 +265,7 @@ def test_printed_block():
 
 def refusal(workload, cap, folder):
     with pytest.raises(UserError) as caught:
-        refuse_above_cap(workload, estimate(workload), cap, folder)
+        refuse_above_cap(workload, estimate(workload), cap, configs=folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -313,6 +313,25 @@ def test_the_cap_names_a_smaller_model_last(tmp_path):
     message = refusal(LARGE, 0.1, tmp_path)
     flags = "--model_size 125m --per_device_train_batch_size 1 --gradient_checkpointing"
     assert message.endswith(f"GB at least, which takes {flags}")
+
+
+def test_no_smaller_model_is_named_where_its_weights_are_given():
+    with pytest.raises(UserError) as caught:
+        refuse_above_cap(LARGE, estimate(LARGE), 0.1, pretrained=True)
+    assert "raise it to" in str(caught.value) and "--model_size" not in str(caught.value)
+
+
+def test_the_check_counts_in_the_launchers_precision(harness, out):
+    flags = [word for word in training_flags(out, rows=2, length=128) if word != "--fp32"]
+    words = ["run_clm.py", "--config_overrides", SMALL_OPT, *flags, "--check_arguments", "--mem_cap", 0.01]
+    needs = {}
+    for precision in ("no", "bf16"):
+        ran = harness.run(*words, env={"ACCELERATE_MIXED_PRECISION": precision}).check(2)
+        needs[precision] = float(re.search(r"needs about ([\d.]+) GB", ran.stderr)[1])
+    words.remove("--check_arguments")
+    started = harness.run(*words, env={"ACCELERATE_MIXED_PRECISION": "bf16"}).check(2)
+    assert needs["no"] != pytest.approx(needs["bf16"], abs=0.04)
+    assert float(re.search(r"needs about ([\d.]+) GB", started.stderr)[1]) == pytest.approx(needs["bf16"], abs=0.02)
 
 
 def test_the_cap_in_force_on_a_cpu():

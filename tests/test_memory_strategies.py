@@ -1,6 +1,7 @@
 """The memory estimate under every strategy, against processes that train, and the plan that says which YAML fits."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from common.arguments import parse_pretraining_arguments
 from common.clm_arguments import parse_clm_arguments
 from common.errors import UserError
 from common.memory import BUCKET, GB, Workload, estimate
+from common.models.footprint import parameter_count
 from common.models.presets import opt_shape
+from common.parallel import colossalai_options
 from common.parallel.configs import launched_sharding, single_machine_configs
 from common.plan import main
 from harness import REPOSITORY
@@ -54,6 +57,17 @@ def test_the_estimate_against_the_peak(harness, out, tmp_path, name, model):
     steps = 12 if name in ("zero1", "zero2") else 2  # these grow for so long
     words = ["run_clm.py", *model, *training_flags(out, steps)]
     harness.accelerate_launch(*words, config=config, num_processes=None, timeout=900).check()
+    assert_predicted(out, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["zero1", "zero2", "gemini", "gemini_auto", "gemini_offload"])
+def test_the_estimate_of_colossalai_against_the_peak(harness, out, name):
+    flags = [word for word in training_flags(out, steps=6) if word != "--fp32"]
+    flags[flags.index("--per_device_train_batch_size") + 1] = 4
+    config = f"accelerate_configs/colossalai_{name}.yaml"
+    ran = harness.accelerate_launch("run_clm.py", *OPT_125M, *flags, config=config, num_processes=None, timeout=900)
+    ran.check()
     assert_predicted(out, name)
 
 
@@ -146,6 +160,22 @@ def test_the_launcher_says_what_its_yaml_says(harness, monkeypatch):
             assert launched_sharding() == {key: value for key, value in sharding.items() if key != "ranks"}, path
 
 
+def of_gemini(policy):
+    words = ["plugin=gemini", f"placement_policy={policy}"]
+    return colossalai_options.sharding(colossalai_options.parse_options(words))
+
+
+def test_what_automatic_placement_can_move_is_not_counted_on_a_gpu():
+    moving = of_gemini("auto")
+    staying = of_gemini("static")
+    workload = replace(LARGE, rows=16, seq_length=1024, ranks=2, precision="bf16", gradient_checkpointing=True)
+    moved, stayed = (estimate(replace(workload, **cut)) for cut in (moving, staying))
+    assert moved.parameters == moved.optimizer == moved.gradients == 0
+    assert moved.host == stayed.parameters + stayed.optimizer and moved.total < 20 * GB
+    whole = parameter_count(workload.config)
+    assert stayed.parameters == whole and stayed.optimizer == 6 * whole  # 2 bytes and 12, of half of them
+
+
 # ---- The plan --------------------------------------------------------------------------------------------
 
 
@@ -181,6 +211,13 @@ def test_the_first_that_fits_is_the_command(capsys):
         assert (float(row["total"]) <= 24) == (row["fits"] == "yes"), name
         gb = sum(float(row[column]) for column in row if column not in ("config", "total", "host", "fits", "cards"))
         assert gb == pytest.approx(float(row["total"]), abs=0.05)
+
+
+def test_readme_shows_what_is_printed(capsys):
+    readme = (REPOSITORY / "README.md").read_text()
+    (words,) = re.findall(r"^bash scripts/plan.sh (1\.3b [\d ]+) +#", readme, re.MULTILINE)
+    main(words.split())
+    assert f"```text\n{capsys.readouterr().out}```" in readme
 
 
 def test_less_at_once_where_nothing_fits_as_it_is(capsys):

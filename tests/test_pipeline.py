@@ -14,6 +14,7 @@ from statistics import median, stdev
 import pytest
 
 from common.arguments import parse_pretraining_arguments
+from common.data.glue import TASKS
 from common.errors import UserError
 from common.glue.plan import Run as GlueRun
 from common.glue.summary import DIVERGED, FINISHED, RunResult, write_summary
@@ -123,6 +124,21 @@ def test_every_shipped_yaml_is_planned_and_nothing_is_written(path, tmp_path, mo
     assert "time in all: about" in said and not list(tmp_path.iterdir())
 
 
+def test_the_batch_of_24_hours_grows_as_crammings_where_the_speed_is_known(tmp_path):
+    """The line of the YAML that waits for a number: at an even speed the batch is Cramming's at each time."""
+    config = (REPOSITORY / "configs" / "24h-single-gpu.yaml").read_text()
+    in_24_hours, line = 70_000_000, "  # rampup_batch_size: [128, 128, ROWS]"
+    assert line in config
+    config = config.replace(line, f"  rampup_batch_size: [128, 128, {int(0.6 * in_24_hours)}]")
+    (command,) = planned(written(tmp_path, config))["pretrain"]
+    words = command.partition("run_pretraining.sh")[2].split()[4:]
+    args = parse_pretraining_arguments(words)[2]
+    ramp = args.batch_ramp
+    assert ramp.cut(args.per_device_train_batch_size, 1) == (128, 64) and args.lr_schedule == "time"
+    for rows in range(0, in_24_hours, 100_000):  # linear from a micro-batch on, whole micro-batches
+        assert abs(ramp.at(rows)[0] - min(8192, 128 + 8192 * rows / (0.6 * in_24_hours))) <= 2 * 128
+
+
 @pytest.mark.parametrize("text", [SIMPLE, LARGE, CUSTOMIZED, DOCUMENTED])
 def test_extremeberts_files_mean_its_recipe(text, tmp_path, monkeypatch):
     """Its own command, in tests/pretraining.py, differs where its pipeline does: micro batch, curve, what ends it."""
@@ -200,6 +216,7 @@ def test_our_flags_win_and_sections_in_them_have_our_defaults(tmp_path):
         ("NUM_STEPS: 100", "output_dir: x", "is the pipeline's to set: give --output_dir of run_pipeline.sh"),
         ("[2, 3]", "[2, 3]\n  warmup_ratio: 2", "FINETUNE: --warmup_ratio 2.0 is out of range"),
         ("[2, 3]", "[2, 3]\n  tasks: [rte, cila]", "FINETUNE: "),
+        ("[2, 3]", "[2, 3]\n  tasks: [rte, ax]", "FINETUNE: task ax is not trained for: name mnli"),
         ("NUM_STEPS: 100", "mlm_probability: 2", "PRETRAIN: --mlm_probability 2.0 is out of range"),
         ("NUM_STEPS: 100", "NUM_STEPS: 100, NUM_STEPS: 200", "line 7: the key NUM_STEPS stands there twice"),
         ("NUM_GPUS: 4", "NUM_GPUS: 2", "give each GPU once, from 0 to SYSTEM.NUM_GPUS - 1 (1)"),
@@ -232,9 +249,71 @@ def test_what_the_command_line_refuses(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=re.escape(said)):
             main(words)
     written(tmp_path, SIMPLE)
-    with pytest.raises(UserError, match="SYSTEM.NUM_GPUS 4, but this machine shows"):
-        main(["own.yaml"])
+    for stages in ([], ["pretrain"], ["finetune", "report"]):
+        with pytest.raises(UserError, match="SYSTEM.NUM_GPUS 4, but this machine shows"):
+            main(["own.yaml", *stages])
     assert not (tmp_path / "runs").exists()
+
+
+def test_stages_that_do_not_train_need_no_gpus(tmp_path, monkeypatch, capsys):
+    """What another machine has trained is collected and shown on one without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    run = GlueRun("rte", 4e-5, 16, 5.0, 1, "rte/1")
+    result = RunResult(run, FINISHED, {"accuracy": 0.6})
+    config, out = written(tmp_path, SIMPLE), tmp_path / "runs" / "own"
+    for name in ("pretrain", "finetune"):
+        (out / name).mkdir(parents=True)
+    write_summary(out / "finetune", "a sweep", [result], {"rte": {"accuracy": 0.53}}, [])
+    for stage in plan(read_pipeline(config), Path("runs/own")):
+        if stage.name in ("data", "tokenizer", "pretrain", "finetune"):
+            Stamps(out).finish(stage, 1.0)
+    for task in TASKS.values():
+        (tmp_path / "glue_data" / task.folder).mkdir(parents=True)
+    assert main(["own.yaml", "data", "collect", "report"]) == 0
+    assert "== data: done already" in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text())["tasks"][0]["median"] == pytest.approx(0.6)
+    assert "SYSTEM" in Page((out / "report.html").read_text()).text
+    assert main(["own.yaml", "pretrain", "finetune"]) == 0  # they are done
+
+
+def test_only_addresses_and_the_pile_itself_are_remote(tmp_path, monkeypatch):
+    """Text of one's own that is called like the Pile is no download, and its size and changes are known."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pile_clean"
+    folder.mkdir()
+    written(folder, "x" * 3_000_000, "a.txt")
+
+    def stages(text):
+        config = written(tmp_path, f"DATASET: {{input: {text}}}\nFINETUNE: {{ENABLED: False}}")
+        return {stage.name: stage for stage in plan(read_pipeline(config), Path("out"))}
+
+    for local in ("pile_clean/*.txt", "pile_clean"):
+        found = stages(local)
+        assert "data" not in found and found["tokenizer"].basis == "3 MB of text" and found["tokenizer"].seconds > 20
+        ((path, size, _),) = found["tokenizer"].inputs
+        assert (path, size) == ("pile_clean/a.txt", 3_000_000)
+        settings = found["tokenizer"].settings
+        written(folder, "y" * 3_000_000, "a.txt")
+        assert stages(local)["tokenizer"].settings != settings
+    for remote in ("pile", "https://example.org/a.txt", "HTTP://example.org/a.txt"):
+        found = stages(remote)
+        assert " download --input " in str(found["data"].commands[0])
+        assert found["tokenizer"].inputs == [] and found["tokenizer"].seconds is None
+    folder.rename("pile")
+    assert "data" not in stages("pile") and stages("pile")["tokenizer"].basis == "3 MB of text"
+
+
+def test_a_stage_that_is_done_says_so_when_it_is_named(tmp_path, monkeypatch, capsys):
+    """One for which the YAML has nothing to do is refused."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, SMALL.replace("tasks: follows", "tasks: rte"))
+    (tmp_path / "glue_data" / "RTE").mkdir(parents=True)
+    for _ in range(2):
+        assert main(["own.yaml", "data"]) == 0
+        assert "== data: done already" in capsys.readouterr().out
+    written(tmp_path, SMALL.replace("tasks: follows", "ENABLED: False, tasks: rte"))
+    with pytest.raises(UserError, match="stage data has nothing to do by own.yaml"):
+        main(["own.yaml", "data"])
 
 
 # ---- Stages --------------------------------------------------------------------------------------------------------
@@ -286,6 +365,86 @@ def test_changed_settings_are_refused_or_taken_away_with_what_follows(pipeline_f
     text = [shell_stage(out, "a", f"echo a --rate 1 > {out}/a", inputs=[["text.txt", 3, 5]])]
     with pytest.raises(UserError, match="stage a was made with other settings: its text has changed"):
         stamps.settle_changes(text, overwrite=False)
+
+
+FETCHED = """
+SYSTEM: {NUM_GPUS: 0}
+DATASET: {input: TEXT}
+PRETRAIN: {model_size: tiny, max_train_steps: 1}
+FINETUNE: {tasks: [rte, mrpc], data_dir: glue}
+"""
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """The data stage of a YAML, planned anew for each call, whose commands note how they are called."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.setattr("common.pipeline.plan.REPOSITORY", tmp_path)
+    (tmp_path / "prepare_pile_data.py").write_text("print('called download')")
+    fetch = '[[ $1 != "$BROKEN" ]] || exit 1; echo called $1; mkdir -p $2/${1^^}'
+    (tmp_path / "scripts" / "download_finetune_dataset.sh").write_text(fetch)
+
+    def call(text=FETCHED, broken="none"):
+        """Settle, and run what is to be run. Returns: ([what was called], exit code)."""
+        (stage,) = [one for one in plan(read_pipeline(written(tmp_path, text)), tmp_path) if one.name == "data"]
+        stamps, log = Stamps(tmp_path), tmp_path / "logs" / "data.log"
+        stamps.settle_changes([stage], overwrite=False)
+        log.unlink(missing_ok=True)
+        env = {"PATH": "/usr/bin:/bin", "BROKEN": broken}
+        code = 0 if stamps.is_done(stage) else run_stage(stage, tmp_path, stamps, env, StopSignals())
+        assert stamps.is_done(stage) == (code == 0)
+        assert stamps.state(stage) == ("" if code else "done")
+        return re.findall("^called (.*)$", log.read_text() if log.exists() else "", re.MULTILINE), code
+
+    return call
+
+
+def test_data_that_is_fetched_where_it_is_absent_is_no_setting(data, tmp_path):
+    """Download of the text is; the tasks' folders show by themselves what there is."""
+    remote = FETCHED.replace("TEXT", "https://example.org/text.txt")
+    assert data(remote, broken="mrpc") == (["download", "rte"], 1)
+    assert data(remote) == (["download", "mrpc"], 0)  # goes on, and plans the same though there is more than before
+    assert data(remote) == ([], 0)
+    shutil.rmtree(tmp_path / "glue" / "RTE")
+    assert data(remote) == (["rte"], 0)
+    assert data(remote) == ([], 0)
+    with pytest.raises(UserError, match="stage data was made with other settings: --input https://example.org/text"):
+        data(remote.replace("text.txt", "other.txt"))
+
+
+def test_data_that_was_there_before_needs_no_fetching(data, tmp_path):
+    for folder in ("RTE", "MRPC"):
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+    assert data() == ([], 0)
+    assert data(FETCHED.replace("TEXT", "http://example.org/text.txt")) == (["download"], 0)
+
+
+def test_data_that_was_copied_by_hand_after_a_failure_ends_its_stage(data, tmp_path):
+    assert data(broken="mrpc") == (["rte"], 1)
+    (tmp_path / "glue" / "MRPC").mkdir()
+    assert data() == ([], 0) and Stamps(tmp_path).read(Stage("data", "", (), tmp_path, None))["finished"]
+
+
+def test_all_of_glue_is_fetched_where_a_folder_is_absent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = written(tmp_path, FETCHED.replace("tasks: [rte, mrpc], ", ""))
+    (stage,) = [one for one in plan(read_pipeline(config), tmp_path) if one.name == "data"]
+    (command,) = stage.commands
+    assert command.words[-2:] == ("all", "glue") and not Stamps(tmp_path).is_done(stage)
+    for task in TASKS.values():
+        (tmp_path / "glue" / task.folder).mkdir(parents=True)
+    assert Stamps(tmp_path).is_done(stage)
+
+
+def test_a_stage_of_an_earlier_version_is_refused_with_what_it_ran(data, tmp_path):
+    commands = ["bash scripts/download_finetune_dataset.sh rte glue"]
+    stamp = {"settings": {"commands": commands, "inputs": []}, "seconds": 1.0, "finished": "2026-11-22 10:00:00"}
+    (tmp_path / "stamps").mkdir()
+    (tmp_path / "stamps" / "data.json").write_text(json.dumps(stamp))
+    with pytest.raises(UserError, match="data was made with other settings: without bash scripts/download_finetune"):
+        data()
 
 
 def test_a_signal_ends_the_stage_and_what_outlives_a_pipeline_is_waited_for(pipeline_folder, capfd):

@@ -72,6 +72,15 @@ def test_a_schedule_equals_one_process(
         assert results(out)["optimizer_bytes_per_rank"] == pytest.approx(2 * own, rel=0.01)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["pipeline_gpipe", "pipeline_1f1b", "pipeline_interleaved"])
+def test_two_rounds_of_micro_batches_equal_one_process(harness, single, tiny_corpus, cache, tmp_path, name):
+    config = copy_of(name, tmp_path, stages=4 if "interleaved" in name else 2)
+    words = command("bert", tiny_corpus, cache, tmp_path / "run", "--per_device_train_batch_size", 8)
+    assert "8 per device x 2 accumulation" in launch(harness, words, config, 2)
+    assert_equal_to_one_process(tmp_path / "run", single("bert"))
+
+
 def assert_equal_to_one_process(out, one):
     """Losses, norms, what is judged and the weights. Returns: the weights by name."""
     apart = max(abs(losses(out)[step] - losses(one)[step]) for step in losses(one))

@@ -16,6 +16,7 @@ from common.report import (
     FillMaskExample,
     MetricsLog,
     format_summary,
+    perplexity,
     read_metrics,
     write_all_results,
     write_curves,
@@ -121,6 +122,11 @@ def test_curves_of_any_length(tmp_path, count):
 def test_curves_of_a_run_that_only_diverged(tmp_path):
     write_curves([train_row(1) | {"loss": None}], tmp_path / "curves.png", "a run")
     assert colored_pixels(tmp_path / "curves.png", "#4c72b0") == 0
+
+
+def test_the_perplexity_of_any_loss():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1000.0) == math.inf
 
 
 def test_all_results_are_json(tmp_path):

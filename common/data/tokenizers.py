@@ -15,6 +15,7 @@ from common.data.unigram_lm import train_unigram
 from common.data.word_cache import CheckedEncoder, WordCache, can_be_cached
 from common.data.wordpiece import load_vocab_file, train_wordpiece
 from common.errors import UserError, first_line
+from common.loading import CONFIG_ERRORS
 
 # What these tokens are called in the tokenizer.json files in circulation, where nothing beside the file says it.
 USUAL_NAMES = {
@@ -92,7 +93,7 @@ def _from_pretrained(name_or_path, cache_dir: str | None, trust_remote_code: boo
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), cache_dir=cache_dir, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except (*CONFIG_ERRORS, ImportError) as error:
         reason = first_line(error)
         raise UserError(
             f"--tokenizer_name {name_or_path}: cannot be loaded ({reason}); check the name, or give a local folder, "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.glue import TASKS, find_task, task_folder
+from common.data.glue import DIAGNOSTIC, TASKS, find_task, task_folder
 from common.data.glue_splits import absent_files
 from common.errors import UserError
 from common.glue_arguments import GlueDataArguments
@@ -147,10 +147,12 @@ def read_tasks(words):
     """Task names as they are given, with commas or without; all of them where none is given.
 
     Raises:
-        UserError: an unknown task.
+        UserError: an unknown task, or the diagnostic set, for which nothing is trained.
     """
-    names = [name for word in words for name in word.split(",") if name]
-    return list(dict.fromkeys(find_task(name).name for name in names)) or list(TASKS)
+    names = [find_task(name).name for word in words for name in word.split(",") if name]
+    if DIAGNOSTIC.name in names:
+        raise UserError(f"task {DIAGNOSTIC.name} is not trained for: name mnli, whose runs predict it, too")
+    return list(dict.fromkeys(names)) or list(TASKS)
 
 
 def is_local(checkpoint):

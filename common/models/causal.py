@@ -4,15 +4,17 @@ B batch, S sequence, H hidden size, V vocabulary.
 """
 
 import copy
+import inspect
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
+from common.loading import CONFIG_ERRORS, SHAPE_ERRORS, WEIGHTS_ERRORS
 from common.models.attention import compute_dtype
 from common.models.head_loss import head_loss
 from common.models.presets import OPT_SIZES, opt_shape
@@ -127,7 +129,7 @@ def causal_config(model_args, data_args):
     Returns:
         a transformers configuration.
     Raises:
-        UserError: it cannot be loaded, or has no such setting.
+        UserError: it cannot be loaded, has no such setting, or no model can have its values.
     """
     name = model_args.model_name_or_path or model_args.config_name
     hub = {"cache_dir": data_args.cache_dir, "trust_remote_code": data_args.trust_remote_code}
@@ -135,7 +137,7 @@ def causal_config(model_args, data_args):
         flag = "--model_name_or_path" if model_args.model_name_or_path else "--config_name"
         try:
             config = AutoConfig.from_pretrained(name, **hub)
-        except (OSError, ValueError, KeyError) as error:
+        except CONFIG_ERRORS as error:
             raise UserError(
                 f"{flag} {name} cannot be loaded ({first_line(error)}): give a folder or a name"
             ) from error
@@ -148,11 +150,18 @@ def causal_config(model_args, data_args):
     if model_args.config_overrides:
         try:
             config.update_from_string(model_args.config_overrides)
-        except (ValueError, TypeError) as error:
+        except CONFIG_ERRORS as error:
             fault = f"{first_line(error)}: give name=value,name=value with names of {type(config).__name__}"
             raise UserError(f"--config_overrides {model_args.config_overrides}: {fault}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not data_args.trust_remote_code:
         raise UserError(f"a {config.model_type} is no causal language model: give one of those, as opt, gpt2 or llama")
+    if model_args.config_overrides:
+        try:
+            with torch.device("meta"), no_init_weights():
+                AutoModelForCausalLM.from_config(config, trust_remote_code=data_args.trust_remote_code)
+        except SHAPE_ERRORS as error:
+            fault = f"{first_line(error)}: give values that go together"
+            raise UserError(f"--config_overrides {model_args.config_overrides}: {fault}") from error
     return config
 
 
@@ -180,7 +189,8 @@ def build_causal_lm(model_args, data_args, config, load, build=build_whole):
     Returns:
         a stock transformers model whose forward is ChunkedLossMixin's; its numbers may come with prepare().
     Raises:
-        UserError: weights that cannot be loaded or are not whole, a head that is more than a matrix product.
+        UserError: weights that cannot be loaded or are not whole, a head that is more than a matrix product, packed
+            documents for a model that is not told positions.
     """
     if model_args.model_name_or_path:
         model = _load(load, model_args.model_name_or_path, data_args, config)
@@ -189,19 +199,23 @@ def build_causal_lm(model_args, data_args, config, load, build=build_whole):
     stock = type(model)
     if not _head_is_a_product(stock, config):
         raise UserError(f"the head of {stock.__name__} does more than multiply by a matrix: choose another model")
+    told = inspect.signature(model.base_model.forward).parameters
+    if data_args.packing == "documents" and "position_ids" not in told:
+        kind = model.config.model_type
+        raise UserError(f"--packing documents: a {kind} is not told positions: choose --packing concat")
     mixin = OptMixin if model.config.model_type == "opt" else ChunkedLossMixin
     model.__class__ = type(stock.__name__, (mixin, stock), {"__module__": __name__})
     model.packs_documents = data_args.packing == "documents"
     return model
 
 
-def fit_vocabulary(config, tokenizer, model_args):
+def fit_vocabulary(config, tokenizer, model_args, data_args):
     """Settle the model's vocabulary: its weights' or its family's, or that of a tokenizer larger or far smaller.
 
     Args:
-        config: changed in place; tokenizer: None leaves it as it is; model_args: as causal_config.
+        config: changed in place; tokenizer: None leaves it as it is; model_args, data_args: as causal_config.
     Raises:
-        UserError: weights whose embedding knows less than the tokenizer's ids.
+        UserError: weights whose embedding knows less than the tokenizer's ids, or whose texts end in another one.
     """
     if tokenizer is None:
         return
@@ -211,6 +225,14 @@ def fit_vocabulary(config, tokenizer, model_args):
             raise UserError(
                 f"--tokenizer_name: the tokenizer has {needed} tokens, the weights in {model_args.model_name_or_path} "
                 f"know {config.vocab_size}: use their own tokenizer"
+            )
+        end, ends = tokenizer.eos_token_id, config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        other = data_args.tokenizer_name != model_args.model_name_or_path
+        if other and None not in (end, *ends) and end not in ends:
+            raise UserError(
+                f"--tokenizer_name {data_args.tokenizer_name}: a text ends in id {end}, in those that the weights in "
+                f"{model_args.model_name_or_path} know it is {ends[0]}: use their own tokenizer"
             )
         return
     if needed > config.vocab_size or config.vocab_size > 2 * needed:
@@ -229,7 +251,7 @@ def _load(load, name, data_args, config):
             cache_dir=data_args.cache_dir,
             trust_remote_code=data_args.trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except WEIGHTS_ERRORS as error:
         fault = f"cannot be loaded ({first_line(error)}): is every file of the weights there, and whole?"
         raise UserError(f"--model_name_or_path {name} {fault}") from error
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from common.errors import UserError, first_line
+from common.loading import WEIGHTS_ERRORS
 from common.models.attention import compute_dtype
 from common.models.disentangled import Relative, encode, relative_positions
 from common.models.families import has_unknown_parts
@@ -174,7 +174,7 @@ def build_classifier(args, task, trained_head=False, load=load_whole, build=buil
                 **common,
             )
             missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except WEIGHTS_ERRORS as error:
         fault = first_line(error)
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     prefix = f"{model.base_model_prefix}."

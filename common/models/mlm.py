@@ -3,11 +3,11 @@
 import math
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from common.data.tokenizers import vocabulary_size
 from common.errors import UserError, first_line
+from common.loading import WEIGHTS_ERRORS
 from common.models.attention_choice import FLEX
 from common.models.families import (
     FAMILIES,
@@ -133,7 +133,7 @@ def _load(load, model_args, pairs):
             key_mapping=family.renamed or None,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except WEIGHTS_ERRORS as error:
         fault = first_line(error)
         raise UserError(f"{where} cannot be loaded ({fault}): give a folder that save_pretrained wrote") from error
     if info["missing_keys"]:

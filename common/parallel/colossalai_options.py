@@ -108,9 +108,10 @@ def sharding(options):
     Returns:
         dict: strategy, replicas, offload and offload_parameters.
     """
-    strategy = {"gemini": "zero3"}.get(options["plugin"], options["plugin"])
-    offload = options.get("cpu_offload") == "yes" or options.get("offload_optim_frac") == 1
-    whole = options.get("offload_param_frac") == 1
+    moves = options.get("placement_policy") == "auto"  # as much as there is no room for
+    offload = moves or options.get("cpu_offload") == "yes" or options.get("offload_optim_frac") == 1
+    whole = moves or options.get("offload_param_frac") == 1
+    strategy = f"colossalai_{options['plugin']}" if options["plugin"].startswith("zero") else options["plugin"]
     return {"strategy": strategy, "replicas": 1, "offload": offload, "offload_parameters": whole}
 
 

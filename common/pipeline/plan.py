@@ -17,12 +17,13 @@ from common.glue_arguments import parse_glue_arguments
 from common.models.families import FAMILIES
 from common.pipeline.config import FOLLOWS, GLUE_DIR
 from common.prepare.arguments import parse_command
+from common.prepare.inputs import is_remote
 from common.progress import format_duration
 from common.utilisation import masked_flops
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "data", "tokenizer", "pretrain", "finetune", "collect", "submission", "report")
-REMOTE = ("http://", "https://", "pile")
+TRAIN = ("pretrain", "finetune")  # of these, those that train
 FOLLOWS_SEEDS = 3  # of the task that needs no data
 FOLLOWS_ROWS = 16000  # of run_finetune_glue.sh
 # What a time estimate assumes where the YAML gives no hours
@@ -46,10 +47,20 @@ GLUE_ROWS = {  # of the training files that the benchmark distributes
 
 @dataclass(frozen=True)
 class Command:
-    """A command that a stage runs. words: as typed in the folder where the pipeline was started; env: added to it."""
+    """A command that a stage runs.
+
+    words: as typed in the folder where the pipeline was started; env: added to it. makes: tuple of the folders for
+    whose sake it is run, and is not where all are there; () where nothing shows it.
+    """
 
     words: tuple
     env: dict = field(default_factory=dict)
+    makes: tuple = ()
+
+    @property
+    def is_made(self):
+        """Whether what it makes is there."""
+        return bool(self.makes) and all(folder.is_dir() for folder in self.makes)
 
     def __str__(self):
         return " ".join(
@@ -78,8 +89,8 @@ class Stage:
 
     @property
     def settings(self):
-        """What a finished stage must share with a later call."""
-        return {"commands": [str(command) for command in self.commands], "inputs": self.inputs}
+        """What a finished stage must share with a later call; what a folder shows to be there is no part of it."""
+        return {"commands": [str(command) for command in self.commands if not command.makes], "inputs": self.inputs}
 
 
 def plan(pipeline, out, compare_with=None):
@@ -119,8 +130,8 @@ class _Planner:
 
     # ---- Commands
 
-    def _bash(self, script, *words, **env):
-        return Command(("bash", str(self.scripts / "scripts" / script), *map(str, words)), env)
+    def _bash(self, script, *words, makes=(), **env):
+        return Command(("bash", str(self.scripts / "scripts" / script), *map(str, words)), env, makes)
 
     def _python(self, script, *words):
         return Command(("python", str(self.scripts / script), *map(str, words)))
@@ -148,25 +159,26 @@ class _Planner:
 
     def _data(self):
         commands, off = [], self._off("DATASET")
-        remote = [one for one in self._inputs() if one.startswith(REMOTE)]
+        remote = [one for one in self._inputs() if is_remote(one)]
         if not off and remote:
             commands.append(self._python("prepare_pile_data.py", "download", *self._prepare_words()))
         if self.pipeline.enabled("FINETUNE"):
             if self.pipeline.offline_task:
                 commands.append(self._module("common.data.follows", "--cache_dir", "runs/cache"))
             else:
-                fetch = partial(self._bash, "download_finetune_dataset.sh")
-                absent = self._absent_tasks()
-                wanted = absent if self.pipeline.tasks else ["all"] if absent else []
-                commands += [fetch(task, self.data_dir) for task in wanted]
+                commands += self._fetch_glue()
         where = Path("runs/cache") if self.pipeline.offline_task else Path(self.data_dir)
         known = self.pipeline.offline_task and not remote
         basis = "" if known else "depends on the network"
         return Stage("data", "fetches what is not there yet", tuple(commands), where, 30.0 if known else None, basis)
 
-    def _absent_tasks(self):
+    def _fetch_glue(self):
         names = self._checked("FINETUNE", read_tasks, self.pipeline.tasks)
-        return [name for name in names if not (Path(self.data_dir) / TASKS[name].folder).is_dir()]
+        folders = {name: Path(self.data_dir) / TASKS[name].folder for name in names}
+        fetch = partial(self._bash, "download_finetune_dataset.sh")
+        if not self.pipeline.tasks:
+            return [fetch("all", self.data_dir, makes=(*folders.values(),))]
+        return [fetch(name, self.data_dir, makes=(folder,)) for name, folder in folders.items()]
 
     def _tokenizer(self):
         off = self._off("DATASET")
@@ -194,7 +206,7 @@ class _Planner:
         files, whole = [], not self.pipeline.datasets
         for pattern in self._inputs():
             try:
-                found = [] if pattern.startswith(REMOTE) else expand_files(pattern)
+                found = [] if is_remote(pattern) else expand_files(pattern)
             except UserError:
                 found = []  # not there yet
             whole = whole and bool(found)

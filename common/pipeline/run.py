@@ -20,7 +20,7 @@ from common.errors import BAD_INPUT, UserError, run_main
 from common.files import write_whole
 from common.logged_process import Process, lock_log
 from common.pipeline.config import read_pipeline
-from common.pipeline.plan import STAGES, format_plan, plan
+from common.pipeline.plan import STAGES, TRAIN, format_plan, plan
 from common.progress import format_duration
 from common.stop import StopSignals
 
@@ -67,7 +67,7 @@ def main(argv=None):
         raise UserError(f"stage {name} has nothing to do by {args.config}: see the plan above")
     if args.compare_with and not args.compare_with.is_dir():
         raise UserError(f"--compare_with {args.compare_with}: no such folder; give another pipeline's")
-    refuse_missing_gpus(pipeline)
+    refuse_missing_gpus(pipeline, [stage for stage in chosen if not stamps.is_done(stage)])
     stamps.settle_changes(stages, args.overwrite_output_dir)
     refuse_gaps(stages, chosen, stamps)
     (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def main(argv=None):
     stop.listen()
     began = time.monotonic()
     for stage in chosen:
-        if stamps.is_done(stage) and not stage.always:
+        if stamps.is_done(stage):
             print(f"== {stage.name}: done already", flush=True)
             continue
         if code := run_stage(stage, out, stamps, env, stop):
@@ -99,8 +99,10 @@ def _facts(pipeline, stages):
     return facts | {"commands": commands}
 
 
-def refuse_missing_gpus(pipeline):
-    """Raise UserError where the YAML asks for more GPUs than there are."""
+def refuse_missing_gpus(pipeline, stages):
+    """Raise UserError where one of the stages trains and the YAML asks for more GPUs than there are."""
+    if not any(stage.name in TRAIN for stage in stages):
+        return
     asked, there = pipeline.sections["SYSTEM"].get("NUM_GPUS", 0), torch.cuda.device_count()
     if asked > there:
         raise UserError(
@@ -133,19 +135,24 @@ class Stamps:
         path = self._path(stage)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def is_done(self, stage):
-        """Whether it is finished with these settings."""
+    def remaining(self, stage):
+        """Its commands that have to be run: all but those of a finished stage and those whose folders are there."""
         found = self.read(stage)
-        return bool(found) and found["finished"] is not None and found["settings"] == stage.settings
+        finished = found and found["finished"] is not None and found["settings"] == stage.settings
+        done = finished and not stage.always
+        return [command for command in stage.commands if not (command.is_made if command.makes else done)]
+
+    def is_done(self, stage):
+        """Whether nothing of it has to be run, and it was not stopped since it began."""
+        found = self.read(stage)
+        return not self.remaining(stage) and (found is None or found["finished"] is not None)
 
     def state(self, stage):
         """What the plan says of it."""
         found = self.read(stage)
-        if found is None or stage.always:
-            return ""
-        if found["settings"] != stage.settings:
+        if found and found["settings"] != stage.settings and not stage.always:
             return "was made with other settings"
-        return "" if found["finished"] is None else "done"
+        return "done" if self.is_done(stage) else ""
 
     def settle_changes(self, stages, overwrite):
         """Refuse a stage that was begun with other settings, or take it and what follows away.
@@ -210,7 +217,7 @@ def _difference(stage, found):
 
 
 def run_stage(stage, out, stamps, env, stop):
-    """Run a stage's commands, one after the other; what they print goes to its log and to the screen.
+    """Run what remains of a stage, one command after the other; what they print goes to its log and to the screen.
 
     Args:
         stage: Stage; out: Path; stamps: Stamps; env: dict; stop: StopSignals.
@@ -219,8 +226,9 @@ def run_stage(stage, out, stamps, env, stop):
     """
     log = out / "logs" / f"{stage.name}.log"
     print(f"== {stage.name}: {stage.does} (log {log})", flush=True)
+    commands = stamps.remaining(stage)
     before, began = stamps.begin(stage), time.monotonic()
-    for command in stage.commands:
+    for command in commands:
         code = run_command(command, log, env, stop)
         seconds = before + time.monotonic() - began
         if stop.requested:
@@ -232,6 +240,7 @@ def run_stage(stage, out, stamps, env, stop):
             print(f"error: stage {stage.name} ended with code {code}: {command}", file=sys.stderr)
             print(f"its log is {log}; once mended, the same command continues", file=sys.stderr, flush=True)
             return BAD_INPUT if code == BAD_INPUT else 1
+    seconds = before + time.monotonic() - began
     stamps.finish(stage, seconds)
     print(f"== {stage.name}: done in {format_duration(seconds)}", flush=True)
     return 0

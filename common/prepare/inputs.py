@@ -183,6 +183,15 @@ class HubDataset:
                         yield text, label if isinstance(label, str) else ""
 
 
+def is_remote(pattern):
+    """Whether what an --input names has to be downloaded: an address, or a corpus that no file is called like."""
+    return _is_mirrored(pattern) or urlsplit(pattern).scheme in ("http", "https")
+
+
+def _is_mirrored(pattern):
+    return pattern in MIRRORS and not Path(pattern).exists()
+
+
 def find_inputs(args, folder):
     """The inputs that a command line names, each file once.
 
@@ -196,10 +205,10 @@ def find_inputs(args, folder):
     checksums = read_checksums(args.checksums) if args.checksums else {}
     found = {}
     for source, pattern in enumerate(args.input or []):
-        if pattern in MIRRORS and not Path(pattern).exists():
+        if _is_mirrored(pattern):
             for one in _mirrored(*MIRRORS[pattern], folder, checksums, source):
                 found.setdefault(one.url, one)
-        elif urlsplit(pattern).scheme in ("http", "https"):
+        elif is_remote(pattern):
             one = RemoteFile(pattern, folder, source=source)
             found.setdefault(pattern, RemoteFile(pattern, folder, checksums.get(one.path.name), source))
         else:

@@ -9,18 +9,15 @@ import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from common.errors import UserError, first_line
 from common.files import crc32, flush
-from common.parallel import on_main, raise_together
+from common.parallel import on_main
 from common.resume import saved_settings
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d+)")
 _WRITING = ".writing"
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "file write failed")  # torch.save's words for it
 
 
 def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
@@ -30,7 +27,8 @@ def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
         accelerator: for its main process and its barriers.
         run_folder: Path, on a file system that all processes see.
         step: int, completed optimizer steps.
-        write_files: function of a folder, called by every process: weights and optimizer state.
+        write_files: function of a folder, called by every process: weights and optimizer state. Where a file cannot
+            be written, it raises UserError on all of them.
         state: plain values, written as JSON: whatever else a resumed run must know.
         keep: int, complete checkpoints to keep.
     Raises:
@@ -53,7 +51,7 @@ def save_checkpoint(accelerator, run_folder, step, write_files, state, keep):
             shutil.rmtree(old, ignore_errors=True)
 
     on_main(accelerator, lambda: _named(final, make_room))
-    raise_together(accelerator, lambda: _named(final, lambda: write_files(temporary)))
+    _named(final, lambda: write_files(temporary))
     on_main(accelerator, lambda: _named(final, complete))
 
 
@@ -61,10 +59,8 @@ def _named(final, write):
     """Do a part of the writing; where it fails, leave nothing half-written and say which checkpoint it was."""
     try:
         write()
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, UserError) as error:
         shutil.rmtree(final.with_name(final.name + _WRITING), ignore_errors=True)
-        if type(error) is RuntimeError and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
-            raise
         raise UserError(
             f"cannot write checkpoint {final}: {first_line(error)}; earlier "
             "checkpoints are intact; free space and continue with --resume_from_checkpoint latest"

@@ -18,8 +18,8 @@ class Hardware:
     devices_per_machine: GPUs, or cores of a CPU, one process on each. memory: GB (1e9 bytes) of a device. flops:
     FLOP/s of a forward pass. layer_overhead: seconds of a layer's forward pass whatever the rows. backward_ratio:
     seconds of a backward pass to those of a forward one. near: GB/s that a device sends to another of its machine;
-    far: GB/s that a machine sends to others, for all its devices together; None: unknown. precision: "bf16", "fp16" or
-    "fp32".
+    far: GB/s that a machine sends to others, for all its devices together; None: unknown. precision: "bf16", "fp32"
+    or "fp16", in which PipeDream's stages send 16 bits and ours do not run.
     """
 
     devices_per_machine: int

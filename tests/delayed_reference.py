@@ -67,23 +67,26 @@ def main():
         models.append(build().train())
     newest, behind = models
     optimizer = build_optimizer(newest, args)
-    here = {"ranks": copies, "device": torch.device("cpu")}
+    per_device, calls = args.batch_ramp.cut(args.per_device_train_batch_size, copies)
+    here = {"ranks": copies, "device": torch.device("cpu"), "ramp": args.batch_ramp}
     streams = [
-        iter(TrainBatches(rows, objective, args.seed, args.train_batch_size // copies, 1, rank, **here))
-        for rank in range(copies)
+        iter(TrainBatches(rows, objective, args.seed, per_device, calls, rank, **here)) for rank in range(copies)
     ]
     losses, last_update = [], {}
-    for rate in rates:
+    for step, rate in enumerate(rates):
+        rows_now, _ = args.batch_ramp.at(args.batch_ramp.rows_after(step))
+        calls = rows_now // (per_device * copies)
         gradients, loss = [], 0.0
         for stream in streams:
-            batch, _, _ = next(stream)
             total = []
-            for number in range(micro_batches):
-                size = len(batch["input_ids"]) // micro_batches
-                part = {k: v[number * size : (number + 1) * size] for k, v in batch.items() if v.dim()}
-                of_part = behind(**part, loss_denominator=batch["loss_denominator"] / micro_batches).loss
-                (of_part / micro_batches).backward()
-                total.append(of_part.detach())
+            for _ in range(calls):
+                batch, _, _ = next(stream)
+                for number in range(micro_batches):
+                    size = len(batch["input_ids"]) // micro_batches
+                    part = {k: v[number * size : (number + 1) * size] for k, v in batch.items() if v.dim()}
+                    of_part = behind(**part, loss_denominator=batch["loss_denominator"] / micro_batches).loss
+                    (of_part / (micro_batches * calls)).backward()
+                    total.append(of_part.detach())
             gradients.append([p.grad for p in behind.parameters()])
             behind.zero_grad()
             loss += torch.stack(total).mean().item() / copies

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.checkpoint import latest_checkpoint
 from harness import REPOSITORY
-from pretraining import SMALL, results, small_run
+from pretraining import SMALL, fp32_copy, results, small_run
 
 
 def refuse(harness, words, *named, code=2):
@@ -166,25 +166,61 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(harness, tiny_c
     assert not (out / "model.safetensors").exists()
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(harness, tiny_corpus, cache, tmp_path, out):
-    """The limit on a file's size stands in for the disk: it, too, makes a write fail half-way."""
-    words = small_run(tiny_corpus, cache, out, "--checkpointing_steps", 2, steps=4)
-    harness.run(*words).check()
-    before = latest_checkpoint(out)
-    limited = tmp_path / "limited.py"
-    script = str(REPOSITORY / "run_pretraining.py")
-    limited.write_text(
+def limited(folder, most):
+    """A script that is run_pretraining.py where no file can be longer; as on a full disk, a write fails half-way.
+
+    Args:
+        folder: where to write it; most: bytes of a file.
+    """
+    path, script = folder / "limited.py", str(REPOSITORY / "run_pretraining.py")
+    path.write_text(
         "import resource, runpy, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
+    return path
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(harness, tiny_corpus, cache, tmp_path, out):
+    words = small_run(tiny_corpus, cache, out, "--checkpointing_steps", 2, steps=4)
+    harness.run(*words).check()
+    before = latest_checkpoint(out)
     more = small_run(
         tiny_corpus, cache, out, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest", steps=8
     )
-    refuse(harness, [limited, *more[1:]], "cannot write", "step_6")
+    refuse(harness, [limited(tmp_path, 200_000), *more[1:]], "cannot write", "step_6")
     assert latest_checkpoint(out) == before and not list(out.glob("*.writing"))
+
+
+EMA = ["--ema_decay", 0.9]
+FULL = [("fsdp", EMA), ("zero2", EMA), ("zero3", []), ("tensor_parallel", EMA), ("colossalai_zero2", [])]
+FULL += [("colossalai_gemini", []), ("pipeline_1f1b", EMA), ("pipeline_2bw", [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [pytest.param(*case, marks=() if case[0] == "fsdp" else pytest.mark.exhaustive, id=case[0]) for case in FULL],
+)
+def test_a_full_disk_ends_every_process_alike(harness, tiny_corpus, cache, tmp_path, out, name, flags):
+    """The weights are too long for it, or the first stage's moments; the others have gone on to what all do then."""
+    config, most = f"accelerate_configs/{name}.yaml", 300_000 if name == "pipeline_1f1b" else 100_000
+    words = small_run(tiny_corpus, cache, out, "--per_device_train_batch_size", 8, *flags, steps=4, batch=16)
+    words += ["--checkpointing_steps", 2]
+    if "colossalai" in name:
+        words.remove("--fp32")
+    else:
+        config = fp32_copy(config, tmp_path)
+    if "pipeline" in name:
+        words[words.index("--per_device_train_batch_size") + 1] = 16
+    ranks = harness.launch(limited(tmp_path, most), *words[1:], config=config, num_processes=None, timeout=120)
+    for rank in ranks:
+        assert "Traceback" not in rank.check(2).stderr, rank.stderr
+    said = [line for line in ranks[0].stderr.splitlines() if line][-1]
+    assert said.startswith(f"error: cannot write checkpoint {out / 'step_2'}: "), said
+    assert "free space and continue" in said and not any("error: " in rank.stderr for rank in ranks[1:])
+    assert not list(out.glob("step_*"))
 
 
 def test_check_arguments_prepares_and_stops(harness, tiny_corpus, tmp_path, out):

@@ -144,6 +144,26 @@ def test_corrected_updates_equal_their_definition(harness, start, tiny_corpus, c
     assert all(weights(continued)[name].equal(tensor) for name, tensor in mine.items())
 
 
+def test_the_losses_of_a_batch_that_grows_are_its_own(harness, start, tiny_corpus, cache, tmp_path):
+    """From one call in a step to two, then to three, also where a run is continued there."""
+    run, config = tmp_path / "run", copy_of(CONFIG, tmp_path)
+    flags = ["--rampup_batch_size", 8, 8, 48, "--per_device_train_batch_size", 8, "--logging_steps", 1]
+    flags += ["--checkpointing_steps", 3, "--save_total_limit", 9]
+    flags = flags_of(tiny_corpus, cache, start(False), run, *flags)
+    flags[flags.index("--train_batch_size") + 1] = 24
+    words = [SCRIPT, *flags]
+    launch(harness, words, config)
+    expected, whole = reference(harness, run, words)
+    told, mine = losses(run), weights(run)
+    assert told[1] == pytest.approx(expected[0], abs=1e-5), "the first step has no other"
+    assert [told[step + 1] for step in range(1, STEPS)] == pytest.approx(expected[:-1], abs=1e-5)
+    assert all(mine[name].equal(whole[name]) for name in whole if name in mine) and len(mine) > 60
+    continued = tmp_path / "continued"
+    words = [continued if word == run else word for word in words]
+    launch(harness, [*words, "--resume_from_checkpoint", run / "step_3"], config)
+    assert training_rows(continued) == training_rows(run)[3:]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(harness, tiny_corpus, cache, tmp_path_factory):
     """A run with dropout that nothing has drained before its end."""

@@ -23,6 +23,7 @@ from common.pipeline_plan import (
     bandwidths,
     batch_seconds,
     best_of_each,
+    boundary_bytes,
     candidates,
     stage_bytes,
     stage_parameters,
@@ -30,7 +31,8 @@ from common.pipeline_plan import (
 from common.pipeline_runs import format_command, measure
 from common.plan import describe, main
 from common.profile import devices_here, fitted_line, loss_of
-from harness import REPOSITORY
+from harness import REPOSITORY, TESTS
+from pretraining import fp32_copy, small_run
 
 HARDWARE = Hardware(
     devices_per_machine=4, memory=1, flops=1e12, layer_overhead=1e-4, backward_ratio=2.0, near=10.0, far=2.0
@@ -170,7 +172,7 @@ def test_the_time_of_a_candidate_by_hand():
     assert layer == 4 * (64 * 64 + 64) + 2 * 64 * 256 + 256 + 64 + 4 * 64
     forward = 2 * (2 * (2 * 32 * layer + 4 * 32**2 * 64) / 1e12 + 1e-4)  # of two layers, two rows
     head = 2 * 2 * 12 * 512 * 64 / 1e12
-    sent = 2 * 2 * 32 * 64 / (2e9 / 2)  # bf16 numbers; the machine's two senders share its 2 GB/s
+    sent = 2 * 4 * 32 * 64 / (2e9 / 2)  # in 32 bits; the machine's two senders share its 2 GB/s
     ends = [forward + sent, forward + head + sent]
     middle = forward + 2 * sent
     backward = [3 * forward + sent, 3 * forward + 2 * sent, 3 * (forward + head) + sent]  # with recomputation
@@ -192,7 +194,7 @@ def test_the_time_where_stages_are_neighbours_by_hand():
     """Each machine has the four stages of a copy: rows stay there, and four stages send gradients at once."""
     model = WORKLOAD.footprint()
     forward = 2 * (2 * (2 * 32 * model.largest_layer + 4 * 32**2 * 64) / 1e12 + 1e-4)
-    sent = 2 * 2 * 32 * 64 / 10e9
+    sent = 2 * 4 * 32 * 64 / 10e9
     head = 2 * 2 * 12 * 512 * 64 / 1e12
     slowest = max(3 * forward + 4 * sent, 3 * (forward + head) + 2 * sent)  # between the ends; the last
     outside = model.parameters - 8 * model.largest_layer
@@ -216,6 +218,25 @@ def test_the_time_where_stages_are_neighbours_by_hand():
 )
 def test_what_sends_at_the_same_time_shares_a_machines_bandwidth(depth, width, neighbours, expected):
     assert bandwidths(HARDWARE, depth, width, neighbours) == pytest.approx([GB * link for link in expected])
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.exhaustive)])
+def test_a_stage_sends_what_is_counted(harness, tiny_corpus, cache, tmp_path, precision):
+    """Forward and backward; in bf16 the products alone have 16 bits."""
+    words = small_run(tiny_corpus, cache, tmp_path / "run", "--per_device_train_batch_size", 16, steps=2, batch=16)
+    config = "accelerate_configs/pipeline_2bw.yaml"
+    if precision == "fp32":
+        config = fp32_copy(config, tmp_path)
+    else:
+        words.remove("--fp32")
+    ranks = harness.launch(TESTS / "sent_bytes.py", tmp_path / "sent", *words[1:], config=config, num_processes=None)
+    assert f"{precision}, cpu" in ranks[0].check().stdout
+    small = BertConfig(hidden_size=32)
+    for number, rank in enumerate(ranks):
+        rank.check()
+        sent = json.loads((tmp_path / f"sent.{number}").read_text())
+        assert len(sent) >= 2 * 4  # micro-batches of two steps
+        assert set(sent) == {boundary_bytes(Workload(small, 4, 64, precision=precision))}
 
 
 def test_data_parallelism_by_hand():
@@ -316,10 +337,10 @@ PAGE = (REPOSITORY / "docs/planner.md").read_text()
 
 
 def predictions(model, devices, batch, length):
-    """Rows/s of the fastest candidate of each schedule that fits, by schedule."""
+    """Rows/s of the fastest candidate of each schedule that fits, by schedule; fp16, as in the paper."""
     workload, _ = describe(model, 1, length)
     hardware = read_hardware(REPOSITORY / V100)
-    plans = candidates(replace(workload, precision="bf16"), hardware, devices, batch, neighbours="copies")
+    plans = candidates(replace(workload, precision="fp16"), hardware, devices, batch, neighbours="copies")
     best = {}
     for plan in best_of_each(plans, GB * hardware.memory):
         best.setdefault(plan.schedule, plan.rows_per_second)

@@ -40,14 +40,16 @@ class Delayed:
         self._passes = Passes(pipeline)
         self._complete, self._settings = deque(), deque()  # of batches before their update: gradients; rates, limit
         self._admitted, self.newest = 0, -1  # micro-batches
-        self._losses, self._norm, self._limit = deque(), None, 0.0
+        self._losses, self._told = [], []  # of a batch and of the one before: for each call (work or None, loss)
+        self._norm, self._limit = None, 0.0
         self._ahead = pipeline.pipe.ahead(self._passes.stage)
         self._accelerator, self._device = pipeline.accelerator, pipeline.accelerator.device
 
     def run(self, batch):
         """A batch's forward passes, and as many backward passes. Returns: the loss of the batch a step before.
 
-        In the first step it is that step's own, which is waited for.
+        In the first step it is that step's own, which is waited for. Of several calls in a step, it is the mean of
+        what they return: all of it comes with the last one, as the step before had perhaps fewer.
         """
         if self._modules is None:
             self._modules = self._make_versions()
@@ -65,7 +67,7 @@ class Delayed:
                 self._backward()
         self._admitted += len(parts)
         self._begun += closes
-        return self._tell_loss(loss, calls)
+        return self._tell_loss(loss, calls, closes)
 
     def put_together(self):
         """Done as soon as a batch is complete."""
@@ -117,11 +119,8 @@ class Delayed:
             tensors), told_norm (tensor or None).
         """
         older = self._parameters(self._updated % 2) if self._modules else {}
-        for work, _ in self._losses:
-            if work:
-                work.wait()
         previous = {name: parameter.detach() for name, parameter in older.items()}
-        told = {"told_losses": [loss for _, loss in self._losses], "told_norm": self._norm}
+        told = {"told_losses": _waited_for(self._told), "told_norm": self._norm}
         return {"previous": previous, "update": self._last_update, **told}
 
     def set_state(self, saved):
@@ -129,7 +128,7 @@ class Delayed:
         self._previous = saved.get("previous")
         update = saved.get("update", {}) if self._corrects else {}
         self._last_update = {name: update[name].to(self._device) for name in self.pipeline.held if name in update}
-        self._losses = deque((None, loss.to(self._device)) for loss in saved.get("told_losses", ()))
+        self._told = [(None, loss.to(self._device)) for loss in saved.get("told_losses", ())]
         self._norm = saved.get("told_norm")
 
     def _make_versions(self):
@@ -213,21 +212,28 @@ class Delayed:
             if parameter in state:
                 state[successor] = state.pop(parameter)
 
-    def _tell_loss(self, told, calls):
+    def _tell_loss(self, part, calls, closes):
         """Begin to tell the other stages a loss.
 
         Args:
-            told: the part of it that was computed here; calls: that make a step.
+            part: what of it was computed here; calls: that make a step; closes: whether this is the last one.
         Returns:
-            the one of as many calls ago.
+            as run.
         """
-        self._losses.append((dist.all_reduce(told, group=self._exchange.losses, async_op=True), told))
-        while len(self._losses) > calls + 1:
-            self._losses.popleft()
-        work, loss = self._losses.popleft() if len(self._losses) > calls else self._losses[-1]
+        self._losses.append((dist.all_reduce(part, group=self._exchange.losses, async_op=True), part))
+        if not closes:
+            return torch.zeros_like(part)
+        told = torch.stack(_waited_for(self._told or self._losses)).mean()
+        self._losses, self._told = [], self._losses
+        return calls * told
+
+
+def _waited_for(losses):
+    """Losses as soon as all stages have told them. Args: losses: of pairs (work or None, loss)."""
+    for work, _ in losses:
         if work:
             work.wait()
-        return loss.clone()
+    return [loss for _, loss in losses]
 
 
 class DelayedOptimizer:

@@ -10,14 +10,16 @@ import json
 from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError
+from common.errors import UserError, first_line
+from common.parallel.processes import raise_together
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER = "optimizer.pt"
 OPTIMIZER_STATE = ("state", "previous", "update")  # dicts by name, of which each part of a checkpoint has some
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "file write failed")  # torch.save's words for it
 
 
 def plain_model(model):
@@ -34,20 +36,22 @@ def save_training_state(accelerator, model, optimizer, folder):
     Args:
         model, optimizer: as accelerator.prepare returned them.
         folder: Path that exists.
+    Raises:
+        UserError: on every process, where a file of one cannot be written.
     """
     plain = _at_rest(accelerator, model)
     number, parts = accelerator.checkpoint_part
-    if parts == 1:
-        save_weights(accelerator, model, folder / WEIGHTS)
-    else:
-        _save_part_of_weights(accelerator, plain, folder, number, parts)
-    state = accelerator.states.whole_optimizer_state(optimizer.optimizer, _names(plain))
-    if number is not None:
-        torch.save(
-            {**state, "scaler": accelerator.loss_scale_state(optimizer)}, folder / _part(OPTIMIZER, number, parts)
-        )
-    if accelerator.is_main_process:
-        plain.config.save_pretrained(folder)  # so that from_pretrained can load it, too
+    with _writing(accelerator) as write:
+        if parts == 1:
+            _save_whole_weights(accelerator, plain, folder / WEIGHTS, write)
+        else:
+            _save_part_of_weights(accelerator, plain, folder, number, parts, write)
+        state = accelerator.states.whole_optimizer_state(optimizer.optimizer, _names(plain))
+        if number is not None:
+            state = {**state, "scaler": accelerator.loss_scale_state(optimizer)}
+            write(torch.save, state, folder / _part(OPTIMIZER, number, parts))
+        if accelerator.is_main_process:
+            write(plain.config.save_pretrained, folder)  # so that from_pretrained can load it, too
 
 
 def load_training_state(accelerator, model, optimizer, folder):
@@ -71,10 +75,13 @@ def load_training_state(accelerator, model, optimizer, folder):
 
 
 def save_weights(accelerator, model, path):
-    """Write the whole weights. Every process calls it; the main one writes."""
-    weights = _whole_weights(accelerator, _at_rest(accelerator, model))
-    if accelerator.is_main_process:
-        save_file(weights, path, metadata={"format": "pt"})
+    """Write the whole weights. Every process calls it; the main one writes.
+
+    Raises:
+        UserError: on every process, where it cannot.
+    """
+    with _writing(accelerator) as write:
+        _save_whole_weights(accelerator, _at_rest(accelerator, model), path, write)
 
 
 def load_weights(accelerator, model, path):
@@ -151,16 +158,51 @@ def _whole_weights(accelerator, model):
     return weights
 
 
-def _save_part_of_weights(accelerator, plain, folder, number, parts):
+@contextlib.contextmanager
+def _writing(accelerator):
+    """Context in which processes write files between what all of them do together, which goes on where a file fails.
+
+    It gives a function that calls another one, with its arguments, unless a file of this process has failed.
+
+    Raises:
+        UserError: at the end, on every process, where a file of one has failed.
+    """
+    faults = []
+
+    def write(function, *args, **options):
+        if faults:
+            return
+        try:
+            function(*args, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_CANNOT_WRITE):
+                raise
+            faults.append(first_line(error))
+
+    def judge():
+        if faults:
+            raise UserError(faults[0])
+
+    yield write
+    raise_together(accelerator, judge)
+
+
+def _save_whole_weights(accelerator, plain, path, write):
+    weights = _whole_weights(accelerator, plain)
+    if accelerator.is_main_process:
+        write(save_file, weights, path, metadata={"format": "pt"})
+
+
+def _save_part_of_weights(accelerator, plain, folder, number, parts, write):
     """Write what this process holds of the weights, and on the main process which part holds what."""
     states, buffers = accelerator.states, _buffers(plain)
     if number is not None:
         weights = states.part_of_weights(plain) | (buffers if number == 0 else {})
-        save_file(weights, folder / _part(WEIGHTS, number, parts), metadata={"format": "pt"})
+        write(save_file, weights, folder / _part(WEIGHTS, number, parts), metadata={"format": "pt"})
     if accelerator.is_main_process:
         places = dict.fromkeys(buffers, 0) | states.parts(plain)
         index = {"metadata": {}, "weight_map": {name: _part(WEIGHTS, place, parts) for name, place in places.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        write((folder / INDEX).write_text, json.dumps(index, indent=1))
 
 
 def _part(name, number, parts):

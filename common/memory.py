@@ -223,7 +223,7 @@ def estimate(workload, libraries=0):
         elif cut.optimizer:
             gaps += whole + parts["buffers"] + share(whole) * (cut.zero and cut.parameters)
         # in stages 1 and 2 the heap grows in some of the first dozen steps, others in each run, by this size or two:
-        # to 1 to 13 times it after 17 steps, as measured with two models; 6 keeps all of these within a fifth
+        # to 0 to 13 times it after 17 steps, as measured with two models; 6 is about the middle
         gaps += 6 * of_output * (cut.zero and not cut.parameters)
         return MemoryEstimate(**parts, libraries=libraries, allocator=gaps, apart=0)
     early = several or workload.ranks > 1 and not cut.optimizer or workload.strategy == "zero3"

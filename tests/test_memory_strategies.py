@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -35,13 +36,13 @@ def training_flags(out, steps=2):
     return [*flags, "--block_size", 128, "--per_device_train_batch_size", 1, "--output_dir", out]
 
 
-def assert_predicted(out, name):
-    found = results(out)
-    ratio = found["estimated_memory_bytes"] / found["peak_memory_bytes"]
-    print(
-        f"{name}: {found['estimated_memory_bytes'] / GB:.2f} GB for {found['peak_memory_bytes'] / GB:.2f}: {ratio:.3f}"
-    )
-    assert 0.8 <= ratio <= 1.2
+def assert_predicted(name, *runs):
+    """The estimate is within a fifth of the peak, of several runs of the middle one."""
+    of_runs = [results(out) for out in runs]
+    expected = of_runs[0]["estimated_memory_bytes"] / GB
+    peaks = [found["peak_memory_bytes"] / GB for found in of_runs]
+    print(f"{name}: {expected:.2f} GB for {', '.join(f'{peak:.2f}' for peak in peaks)}")
+    assert 0.8 <= expected / statistics.median(peaks) <= 1.2
 
 
 CASES = [  # as a user starts them: a fork of the tests' server lacks the C library's settings, under which gaps stay
@@ -54,10 +55,12 @@ CASES = [  # as a user starts them: a fork of the tests' server lacks the C libr
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_the_estimate_against_the_peak(harness, out, tmp_path, name, model):
     config = fp32_copy(f"accelerate_configs/{name}.yaml", tmp_path)
-    steps = 12 if name in ("zero1", "zero2") else 2  # these grow for so long
-    words = ["run_clm.py", *model, *training_flags(out, steps)]
-    harness.accelerate_launch(*words, config=config, num_processes=None, timeout=900).check()
-    assert_predicted(out, name)
+    steps, number = (12, 3) if name in ("zero1", "zero2") else (2, 1)  # these grow for so long, in each run otherwise
+    runs = [out / str(run) for run in range(number)]
+    for run in runs:
+        words = ["run_clm.py", *model, *training_flags(run, steps)]
+        harness.accelerate_launch(*words, config=config, num_processes=None, timeout=900).check()
+    assert_predicted(name, *runs)
 
 
 @pytest.mark.exhaustive
@@ -68,7 +71,7 @@ def test_the_estimate_of_colossalai_against_the_peak(harness, out, name):
     config = f"accelerate_configs/colossalai_{name}.yaml"
     ran = harness.accelerate_launch("run_clm.py", *OPT_125M, *flags, config=config, num_processes=None, timeout=900)
     ran.check()
-    assert_predicted(out, name)
+    assert_predicted(name, out)
 
 
 # ---- The parts, by hand --------------------------------------------------------------------------------

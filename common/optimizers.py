@@ -269,7 +269,7 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     """Look up a name in the registry, in torch.optim, in pytorch_optimizer, or load file.py:Class or module:Class.
 
     Raises:
-        UserError: no such name, module or class, or something that is not a torch optimizer.
+        UserError: no such name, module or class, or something that is not a torch optimizer or not stepped like one.
     """
     if optimizer_type in OPTIMIZERS:
         return OPTIMIZERS[optimizer_type]
@@ -292,6 +292,13 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         class_name = optimizer_type.rpartition(":")[2]
         raise UserError(f"{flag}: {module_name} has no class {class_name} derived from torch.optim.Optimizer")
+    try:
+        inspect.signature(found.step).bind("self", "closure")
+    except TypeError as error:
+        raise UserError(
+            f"{flag}: its step() cannot be called with a closure ({error}), as torch's can: write "
+            "def step(self, closure=None)"
+        ) from error
     return found
 
 

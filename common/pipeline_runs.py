@@ -33,7 +33,10 @@ def launch_words(plan, hardware, machines=None):
     machines = machines or -(-devices // hardware.devices_per_machine)
     yaml = YAMLS.get(plan.schedule, f"pipeline_{plan.schedule}")
     words = ["--config_file", f"accelerate_configs/{yaml}.yaml", "--num_processes", str(devices)]
-    words += ["--mixed_precision", {"fp32": "no"}.get(hardware.precision, hardware.precision)]
+    precision = {"fp32": "no"}.get(hardware.precision, hardware.precision)
+    if precision == "fp16" and plan.depth > 1:
+        precision = "bf16"  # the table is of PipeDream's stages; ours do not scale a loss
+    words += ["--mixed_precision", precision]
     if machines > 1:
         words += ["--num_machines", str(machines), "--machine_rank", "K", "--main_process_ip", "NODE0"]
         words += ["--main_process_port", "29500"]

@@ -368,6 +368,13 @@ def test_a_class_of_a_file_by_its_path(tmp_path):
         build_optimizer(small_model(), arguments(optimizer_type=f"{tmp_path}/none.py:Half"))
 
 
+def test_a_class_whose_step_takes_no_closure(tmp_path):
+    code = "import torch\nclass Bare(torch.optim.SGD):\n    def step(self):\n        return super().step()\n"
+    (tmp_path / "bare.py").write_text(code)
+    with pytest.raises(UserError, match=r"bare.py:Bare: its step\(\) cannot .*write def step\(self, closure=None\)"):
+        build_optimizer(small_model(), arguments(optimizer_type=f"{tmp_path}/bare.py:Bare"))
+
+
 def test_an_optimizer_of_torch_by_its_name():
     assert type(build_optimizer(small_model(), arguments(optimizer_type="radam"))) is torch.optim.RAdam
 

@@ -483,6 +483,15 @@ def test_the_command_for_several_machines_and_their_ranks(monkeypatch, tmp_path)
     assert (pipe.stages, pipe.micro_batches) == (4, plan.micro_batches) and pipe.layers(8)[3] == range(6, 8)
 
 
+def test_a_table_in_fp16_gives_commands_that_run(monkeypatch):
+    """Our stages run in bf16; one process, or copies of the model, in fp16, too."""
+    plans, table = candidates(WORKLOAD, HARDWARE, 4, 64), replace(HARDWARE, precision="fp16")
+    for deep, precision in ((True, "bf16"), (False, "fp16")):
+        plan = next(plan for plan in plans if (plan.depth > 1) == deep)
+        line = format_command(plan, "run_pretraining.py", table, "stages").splitlines()[1]
+        assert read_command(line, monkeypatch)[0].mixed_precision == precision
+
+
 def test_the_first_plans_are_run(harness, tiny_corpus, tmp_path):
     """As users start it; on two cores, with the tiny model."""
     if devices_here() < 2:

@@ -238,7 +238,7 @@ def test_what_cannot_be_counted_is_taken_for_adamw(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "class Sparse(torch.optim.SGD):\n"
-        "    def step(self):\n"
+        "    def step(self, closure=None):\n"
         "        [p.grad.nonzero().tolist() for group in self.param_groups for p in group['params']]\n"
     )
     args = optimizer_arguments(f"{tmp_path}/mine.py:Sparse")

@@ -122,13 +122,19 @@ def documents_of(text):
     return documents, sum(len(document.encode()) for document in documents) / 1e6
 
 
-def prepare(text, cache):
-    """prepare_corpus in one process."""
+def data_arguments(text, cache):
+    """The flags of one process that prepares a text."""
     from common.arguments import DataArguments
-    from common.data.prepare import prepare_corpus
 
     flags = {"train_file": str(text), "tokenizer_name": str(VOCABULARY), "cache_dir": str(cache)}
-    return prepare_corpus(DataArguments(**flags, preprocessing_num_workers=1), lambda _: None)
+    return DataArguments(**flags, preprocessing_num_workers=1)
+
+
+def prepare(text, cache):
+    """prepare_corpus in one process."""
+    from common.data.prepare import prepare_corpus
+
+    return prepare_corpus(data_arguments(text, cache), lambda _: None)
 
 
 def ids(text):
@@ -148,11 +154,14 @@ def ids(text):
 
 def files(text):
     """A text file to token files: read, hold out, tokenize, write, check."""
-    load()  # imports are not counted
+    from common.data.prepare import prepare_corpus
+
+    load()
     size = documents_of(text)[1]
     with tempfile.TemporaryDirectory() as cache:
+        arguments = data_arguments(text, cache)  # what it imports is not counted
         began = time.perf_counter()
-        corpus = prepare(text, cache)
+        corpus = prepare_corpus(arguments, lambda _: None)
         seconds = time.perf_counter() - began
         parts = [path for part in (corpus.train, corpus.validation) for path in part.paths.values()]
         tokens = len(corpus.train.tokens) + len(corpus.validation.tokens)

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
+from common.memory_settings import giving_back_memory
 from common.models.whole import load_whole
 from common.parallel import tensors
 from common.parallel.draws import Recorder
@@ -38,6 +39,7 @@ def load_parts(accelerator, auto_class, name, **options):
     return model, info
 
 
+@giving_back_memory()  # what is read or made here is soon freed, and would leave room in which later blocks stay
 def load_shapes(auto_class, name, **options):
     """As auto_class.from_pretrained with output_loading_info, but for the numbers of the parameters.
 

@@ -3,7 +3,7 @@
 Its Booster does the work; here it follows the loop of every other strategy, and states go to whole tensors and back.
 Parameters and gradients are in bf16 or fp16 where that is asked for, and the optimizer's fp32 copies, its masters, are
 cut.
-What is mended of Colossal-AI 0.5.0: see docs/upstream_issues.md.
+What is mended of Colossal-AI 0.5.0: colossalai_mended.py. States: colossalai_parts.py.
 Sources: Rajbhandari et al. 2020 (arXiv:1910.02054); Fang et al. 2021 (arXiv:2108.05818, chunks).
 """
 
@@ -11,127 +11,29 @@ import contextlib
 import dataclasses
 import io
 import math
-import sys
-import types
-import warnings
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map_only
 
 from common.errors import UserError
 from common.memory_settings import giving_back_memory
+from common.parallel.colossalai_mended import Adam, stand_ins
+from common.parallel.colossalai_parts import GeminiParts, ZeroParts
 from common.parallel.draws import build_parts
 from common.parallel.launch import check_optimizer
 from common.parallel.parts import load_parts, replace, whole_numbers
 from common.parallel.plain import PlainAccelerator
-from common.parallel.tensors import first_names, follow, saved_settings
-
-warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OF_LOSS_SCALE = ("_growth_step", "_hysteresis_step")  # beside the scale
-# Imported by Colossal-AI, and called only by optimizers that are not used here: bitsandbytes is 125 MB.
-STAND_INS = {
-    "galore_torch": ("GaLoreAdafactor", "GaLoreAdamW"),
-    "bitsandbytes": (),
-    "bitsandbytes.optim": (),
-    "bitsandbytes.optim.optimizer": ("Optimizer2State",),
-}
-
-
-@contextlib.contextmanager
-def stand_ins():
-    """Context in which empty packages stand for those that Colossal-AI imports in vain."""
-    import peft  # noqa: F401, looks for bitsandbytes and is to find what is really there
-
-    missing = {name: names for name, names in STAND_INS.items() if name not in sys.modules}
-    for name, names in missing.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(dict.fromkeys(names, object))
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of packages for speed that it looks for
-            yield
-    finally:
-        for name in missing:
-            del sys.modules[name]
-
+from common.parallel.tensors import follow
 
 with stand_ins():
     from colossalai.accelerator import get_accelerator
     from colossalai.booster import Booster
-    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin, gemini_plugin
+    from colossalai.booster.plugin import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin
     from colossalai.legacy.utils import memory
-    from colossalai.nn.optimizer import HybridAdam
-    from colossalai.tensor.param_op_hook import ColoParamOpHookManager
-    from colossalai.zero.gemini import gemini_ddp, gemini_optimizer
 
-# A batch's only fractions are the weights of its losses, which stay in fp32.
-gemini_ddp._cast_float = lambda value, dtype: value
-
-
-def _without_views(after):
-    """What Gemini does after each operation on parameters, for one that has only given another view of them: a copy,
-    as the chunk in which they lie is gone when the view is looked at."""
-
-    def call(parameters, output):
-        there = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        own = lambda value: value.clone() if value.untyped_storage().data_ptr() in there else value  # noqa: E731
-        return after(parameters, tree_map_only(torch.Tensor, own, output))
-
-    return call
-
-
-ColoParamOpHookManager.post_op = staticmethod(_without_views(ColoParamOpHookManager.post_op))
-
-
-class Adam(HybridAdam):
-    """Colossal-AI's, which forgets to clip gradients in bf16 that it updates in the host's memory."""
-
-    def step(self, closure=None, div_scale=-1):
-        """As HybridAdam's. Args: div_scale: what the gradients are to be divided by, -1 for nothing."""
-        self._div_scale = div_scale
-        return super().step(closure, div_scale)
-
-    def torch_adam_update(self, data, grad, *rest):
-        """As CPUAdam's, of gradients in bf16 alone."""
-        grad = grad.to(data.dtype)
-        super().torch_adam_update(data, grad if self._div_scale == -1 else grad / self._div_scale, *rest)
-
-
-gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)
-
-
-class Gemini(gemini_ddp.GeminiDDP):
-    """Colossal-AI's; where a parameter has no numbers yet, they come when it goes into a chunk.
-
-    Its masters are made of what is rounded to bf16; here they are what was there before.
-    """
-
-    def _preprocess_param(self, p):
-        if numbers := getattr(p, "numbers", None):
-            p.data = numbers()
-            del p.numbers
-        self._exact = p.data.float()
-        super()._preprocess_param(p)
-
-    def _init_chunks(self, *args, **options):
-        register = self.chunk_manager.register_tensor
-
-        def register_exactly(tensor, group_type, **rest):
-            if group_type == "fp32_param":
-                tensor.data = self._exact
-            register(tensor, group_type, **rest)
-
-        self.chunk_manager.register_tensor = register_exactly
-        super()._init_chunks(*args, **options)
-        del self.chunk_manager.register_tensor
-        self._exact = None
-
-
-gemini_plugin.GeminiDDP = Gemini
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_LOSS_SCALE = ("_growth_step", "_hysteresis_step")  # beside the scale
 
 
 class ColossalAccelerator(PlainAccelerator):
@@ -394,190 +296,3 @@ def _quietly(function):
             return function()
 
     return call
-
-
-class Part(NamedTuple):
-    """What this process holds of a parameter's master.
-
-    numbers: fp32, in a row, perhaps none; begin: where they begin in the whole; key: by which the optimizer has their
-    state, None where there are none; whole: whether every process has all of them.
-    """
-
-    numbers: torch.Tensor
-    begin: int
-    key: torch.Tensor | None
-    whole: bool
-
-
-class Parts:
-    """States in parts that lie in a row, as common.parallel.state asks for them.
-
-    Args:
-        optimizer: as Booster returned it.
-    """
-
-    first_names = staticmethod(first_names)
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    def rest(self, model):
-        """Colossal-AI lets go of whole tensors by itself."""
-
-    def whole_weights(self, model):
-        """Yield (name, fp32 tensor on the CPU) of every parameter. Every process iterates."""
-        for name, parameter in model.named_parameters():
-            part = self.part(parameter)
-            yield name, self._assemble(part.numbers, part, parameter.shape)
-
-    @torch.no_grad()
-    def set_whole_weights(self, model, weights):
-        """Give a prepared model other weights. Args: weights: function of a name giving its whole tensor."""
-        for name, parameter in model.named_parameters():
-            whole, part = weights(name), self.part(parameter)
-            part.numbers.copy_(whole.flatten()[part.begin : part.begin + len(part.numbers)])
-            self.spread(parameter, whole)
-
-    def whole_optimizer_state(self, optimizer, names):
-        """The optimizer's state by name, with whole tensors. Every process calls it.
-
-        Args:
-            optimizer: Colossal-AI's; names: dict of parameters to names.
-        Returns:
-            dict: state (dict of names to dicts of tensors on the CPU and numbers), param_groups.
-        """
-        parts = {name: self.part(parameter) for parameter, name in names.items()}
-        held = {name: self._state(part) for name, part in parts.items()}
-        found = [None] * dist.get_world_size()
-        mine = {n: {k: None if v.ndim else v.cpu() for k, v in values.items()} for n, values in held.items() if values}
-        dist.all_gather_object(found, mine)
-        layout, state = {name: values for other in found for name, values in other.items()}, {}
-        for parameter, name in names.items():
-            if name in layout:
-                none = torch.empty(0, device=parts[name].numbers.device)
-                state[name] = {
-                    key: self._assemble(held[name].get(key, none), parts[name], parameter.shape)
-                    if number is None
-                    else number
-                    for key, number in layout[name].items()
-                }
-        groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [names[p] for p in parameters],
-            }
-            for group, parameters in zip(self.optimizer.param_groups, self.grouped(), strict=True)
-        ]
-        return {"state": state, "param_groups": groups}
-
-    def set_whole_optimizer_state(self, optimizer, saved, names):
-        """Take over what whole_optimizer_state returned, or the like of another strategy."""
-        for parameter, name in names.items():
-            part, values = self.part(parameter), saved["state"].get(name)
-            if part.key is None or values is None:
-                continue
-            self.optimizer.optim.state[part.key] = {
-                key: self._cut(value, part) if value.shape == parameter.shape and key != "step" else self.number(value)
-                for key, value in ((key, torch.as_tensor(value)) for key, value in values.items())
-            }
-        for group, parameters in zip(self.optimizer.param_groups, self.grouped(), strict=True):
-            group.update(saved_settings(saved, names[parameters[0]]))
-
-    def held_state(self, optimizer):
-        """The tensors of the optimizer's state that this process holds."""
-        states = self.optimizer.optim.state.values()
-        return [value for state in states for value in state.values() if torch.is_tensor(value)]
-
-    def _state(self, part):
-        values = {} if part.key is None else self.optimizer.optim.state.get(part.key, {})
-        return {
-            key: torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float32)
-            for key, value in values.items()
-        }
-
-    def _cut(self, value, part):
-        cut = torch.zeros_like(self.like(part))
-        mine = value.flatten()[part.begin : part.begin + len(part.numbers)]
-        cut[: len(mine)] = mine
-        return cut
-
-    def _assemble(self, numbers, part, shape):
-        """A whole tensor out of what the processes hold of it, those of a state perhaps with a filled-up end."""
-        if part.whole:
-            return numbers.cpu().clone().view(shape)
-        whole = torch.zeros(shape.numel(), device=get_accelerator().get_current_device())
-        mine = numbers[: len(part.numbers)]
-        whole[part.begin : part.begin + len(mine)] = mine
-        dist.all_reduce(whole)  # of zeros, elsewhere
-        return whole.view(shape).cpu()
-
-
-class ZeroParts(Parts):
-    """Of low-level ZeRO: equal parts of every parameter."""
-
-    def part(self, parameter):
-        """The Part of a parameter."""
-        master = self.optimizer.working_to_master_param[id(parameter)]
-        begin = dist.get_rank() * len(master)
-        there = max(0, min(len(master), parameter.numel() - begin))
-        return Part(master[:there], begin, master, whole=False)
-
-    def like(self, part):
-        """A tensor with the length and device of a state."""
-        return part.key
-
-    def number(self, value):
-        """A number of a state, as the optimizer has it."""
-        return value.clone()
-
-    def spread(self, parameter, whole):
-        """Give the model what its master has been given."""
-        parameter.data.copy_(whole)
-
-    def grouped(self):
-        """The parameters of each group."""
-        return list(self.optimizer._working_param_groups.values())
-
-    def held_weights(self, model):
-        """The parts of the weights that this process holds."""
-        return [parameter.detach() for parameter in model.parameters()]
-
-
-class GeminiParts(Parts):
-    """Of Gemini: what of a parameter lies in this process's part of its chunk."""
-
-    def __init__(self, optimizer):
-        super().__init__(optimizer)
-        self._keys = {p: optimizer.id_to_fake_params.get(n) for n, p in optimizer.id_to_real_params.items()}
-
-    def part(self, parameter):
-        """As ZeroParts's."""
-        chunk = self.optimizer.chunk_manager.get_chunk(parameter)
-        place, payload = chunk.tensors_info[parameter], chunk.paired_chunk.payload
-        first = 0 if chunk.keep_gathered else chunk.shard_begin
-        begin, end = max(place.offset, first), min(place.end, first + len(payload))
-        numbers = payload[begin - first : max(begin, end) - first]
-        return Part(numbers, begin - place.offset, self._keys[parameter], chunk.keep_gathered)
-
-    def like(self, part):
-        """As ZeroParts's."""
-        return part.numbers
-
-    def number(self, value):
-        """As ZeroParts's."""
-        return value.item()
-
-    def spread(self, parameter, whole):
-        """As ZeroParts's."""
-        chunk = self.optimizer.chunk_manager.get_chunk(parameter)
-        chunk.payload.copy_(chunk.paired_chunk.payload)
-        chunk.cpu_vis_flag = False  # what is pinned in the host's memory is old
-
-    def grouped(self):
-        """As ZeroParts's."""
-        by_number = self.optimizer.id_to_real_params
-        return [[by_number[number] for number in group["params"]] for group in self.optimizer.param_groups_backup]
-
-    def held_weights(self, model):
-        """As ZeroParts's: the masters, as what is in bf16 comes and goes."""
-        return [self.part(parameter).numbers for parameter in model.parameters()]

@@ -35,7 +35,7 @@ from common.data.synthetic import EVAL_ROWS, TRAIN_ROWS, SyntheticRows
 from common.data.tokenizers import CAUSAL as CAUSAL_TOKENIZER
 from common.errors import run_main
 from common.final_report import report
-from common.limit_memory import refuse_above_cap, set_memory_cap
+from common.limit_memory import refuse_above_cap, refuse_above_memory, set_memory_cap
 from common.memory import Workload, estimate, format_estimate
 from common.memory_plan import format_plan, planned
 from common.models.causal import (
@@ -102,7 +102,7 @@ def main():
     say(format_estimate(expected, args.mem_cap))
     if not footprint.traced:
         say(f"note: a {config.model_type} cannot be traced; its activations are a general figure")
-    refuse_above_cap(workload, expected, args.mem_cap, bool(model_args.model_name_or_path))
+    parallel.on_main(accelerator, lambda: refuse(workload, expected, model_args, args))
     cap = set_memory_cap(args.mem_cap, accelerator.device) if args.mem_cap else None
     if args.mem_cap:
         parallel.limit_memory(accelerator, args.mem_cap)
@@ -245,8 +245,15 @@ def check(config, model_args, data_args, args):
         resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     tokenizer, *_ = prepare_rows(config, data_args, print)
     fit_vocabulary(config, tokenizer, model_args, data_args)
-    refuse_above_cap(workload, estimate(workload, resident_bytes()), args.mem_cap, bool(model_args.model_name_or_path))
+    refuse(workload, estimate(workload, resident_bytes()), model_args, args)
     return 0
+
+
+def refuse(workload, expected, model_args, args):
+    """Refuse what needs more memory than it may have or than there is."""
+    pretrained = bool(model_args.model_name_or_path)
+    refuse_above_cap(workload, expected, args.mem_cap, pretrained)
+    refuse_above_memory(workload, expected, parallel.launched_machines(), pretrained)
 
 
 def plan(config, model_args, data_args, args):

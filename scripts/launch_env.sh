@@ -9,8 +9,8 @@ python=${FRUGAL_VENV:-.venv}/bin/python
 [[ $python == /* ]] || python=$repo/$python
 launch_flags=()
 
-# Sets config, launcher, processes, precision, role and distributed_type: the YAML for a name in accelerate_configs/ or
-# a path, or without one what fits the machine.
+# Sets config, launcher, processes, machines, precision, role and distributed_type: the YAML for a name in
+# accelerate_configs/ or a path, or without one what fits the machine.
 resolve_config() {
     local name=$1
     count_gpus
@@ -27,6 +27,8 @@ resolve_config() {
     launcher=("$python" -m accelerate.commands.launch --config_file "$config")
     processes=$(yaml_value num_processes)
     [[ $processes =~ ^[1-9][0-9]*$ ]] || processes=1
+    machines=$(yaml_value num_machines)
+    [[ $machines =~ ^[1-9][0-9]*$ ]] || machines=1
     precision=$(yaml_value mixed_precision)
     role=$(yaml_value role)
     distributed_type=$(yaml_value distributed_type)
@@ -132,7 +134,8 @@ check() {
         FSDP_OFFLOAD_PARAMS=$(yaml_value fsdp_offload_params) \
         PARALLELISM_CONFIG_TP_SIZE=$(yaml_value parallelism_config_tp_size) \
         PARALLELISM_CONFIG_DP_REPLICATE_SIZE=$(yaml_value parallelism_config_dp_replicate_size) \
-        WORLD_SIZE=$processes ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
+        WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$((processes / machines)) \
+        ACCELERATE_MIXED_PRECISION=${precision:-no} ROLE_NAME=$role \
         ACCELERATE_FP8_BACKEND=$(yaml_value backend) \
         interruptible "$python" "$script" "$@" --check_arguments || exit
 }

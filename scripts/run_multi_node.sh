@@ -53,7 +53,7 @@ fi
 choose_precision "$@"
 processes=$per_node # which share this machine's cores
 choose_threads
-processes=$((nodes * per_node))
+processes=$((nodes * per_node)) machines=$nodes
 
 # find_network   Sets network to that of machine 0's address, here or on the way there; empty where nothing says it.
 find_network() {

@@ -62,7 +62,7 @@ def test_the_original_arguments(synthetic):
     words = ["--per_device_train_batch_size", "16", "--mem_cap", "0", "--block_size", "128"]
     assert flags(launch) == [*words, "--model_type", "opt", "--model_size", "125m", "--synthetic_data"]
     assert flag(launch, "--config_file") == str(synthetic.repository / "accelerate_configs" / "cpu.yaml")
-    assert flag(launch, "--num_processes") == "4" == check["env"]["WORLD_SIZE"]
+    assert flag(launch, "--num_processes") == "4" == check["env"]["WORLD_SIZE"] == check["env"]["LOCAL_WORLD_SIZE"]
     assert check["env"]["ROLE_NAME"] == "cpu" and launch["env"]["OMP_NUM_THREADS"] == "1"
     assert len(lines) == 1 and "128 tokens, as this runs on a CPU" in said(lines, "block size")
     assert launch["env"]["FRUGAL_COMMAND"] == "bash scripts/run_clm_synthetic.sh 16 0 125m 4"

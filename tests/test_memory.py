@@ -24,7 +24,7 @@ from transformers import (
 from causal import opt_parameters
 from common.clm_arguments import parse_clm_arguments
 from common.errors import UserError
-from common.limit_memory import refuse_above_cap, set_memory_cap
+from common.limit_memory import refuse_above_cap, refuse_above_memory, set_memory_cap
 from common.memory import GB, Workload, estimate, format_estimate
 from common.memory_plan import cards, format_plan, planned
 from common.models.families import FAMILIES, judges_tokens
@@ -319,6 +319,47 @@ def test_no_smaller_model_is_named_where_its_weights_are_given():
     with pytest.raises(UserError) as caught:
         refuse_above_cap(LARGE, estimate(LARGE), 0.1, pretrained=True)
     assert "raise it to" in str(caught.value) and "--model_size" not in str(caught.value)
+
+
+def machine_refusal(workload, memory_gb, machines=1, pretrained=False):
+    with pytest.raises(UserError) as caught:
+        refuse_above_memory(workload, estimate(workload), machines, pretrained, memory_gb * GB)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_processes_share_the_memory_of_their_machine():
+    four = replace(LARGE, device="cpu", ranks=4)
+    needed = 4 * total_gb(four)
+    refuse_above_memory(four, estimate(four), memory=(needed + 0.01) * GB)
+    refuse_above_memory(four, estimate(four), machines=2, memory=(needed / 2 + 0.01) * GB)
+    refuse_above_memory(replace(four, device="cuda"), estimate(four), memory=GB)  # which is another memory
+    assert f"4 process(es) on it need about {needed:.2f} GB" in machine_refusal(four, needed - 0.01)
+    message = machine_refusal(four, needed / 2 - 0.01, machines=2)
+    assert f"2 process(es) on it need about {needed / 2:.2f} GB" in message
+
+
+def test_the_machines_memory_names_what_would_fit():
+    four = replace(LARGE, device="cpu", ranks=4, gradient_checkpointing=True)
+    half = 4 * total_gb(four, rows=4) + 0.01
+    assert "; --per_device_train_batch_size 4 would fit" in machine_refusal(four, half)
+    two = 2 * total_gb(four, ranks=2) + 0.01
+    assert 4 * total_gb(four, rows=1) > two
+    assert "; --num_processes 2 would fit" in machine_refusal(four, two)
+    alone = replace(four, ranks=1)
+    assert "; --model_size 125m would fit" in machine_refusal(alone, total_gb(alone, config=opt("125m")) + 0.01)
+    flags = "--num_processes 1 --per_device_train_batch_size 1"
+    assert machine_refusal(four, 0.1, pretrained=True).endswith(f"GB at least, which takes {flags}")
+
+
+@pytest.mark.parametrize("here", [1, 2**14])
+def test_the_check_counts_the_processes_on_this_machine(harness, out, here):
+    words = ["run_clm.py", "--config_overrides", SMALL_OPT, *training_flags(out, rows=2, length=128)]
+    env = {"WORLD_SIZE": str(2**14), "LOCAL_WORLD_SIZE": str(here)}
+    ran = harness.run(*words, "--check_arguments", env=env).check(2 if here > 1 else 0)
+    if here > 1:
+        assert ran.stderr.startswith("error: this machine has ") and ran.stderr.count("\n") == 1
+        assert "16384 process(es) on it need about" in ran.stderr and " would fit" in ran.stderr
 
 
 def test_the_check_counts_in_the_launchers_precision(harness, out):

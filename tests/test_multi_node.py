@@ -198,7 +198,7 @@ def test_a_slurm_job_on_two_machines_equals_one_process(harness, machines, singl
     for node, machine in enumerate(machines):
         lines.append(f'SLURM_NODEID={node} ip netns exec {machine.namespace} "$@" & all+=($!)')
     executable(tools / "srun", "\n".join([*lines, 'wait "${all[0]}" && wait "${all[1]}"', ""]))
-    executable(tools / "scontrol", f"#!/bin/bash\nprintf '%s\\n' {' '.join(ADDRESSES)}\n")
+    executable(tools / "scontrol", f"#!/bin/bash\necho {ADDRESSES[0]}\nsleep 0.5\necho {ADDRESSES[1]}\n")
     job = {"SLURM_SUBMIT_DIR": REPOSITORY, "SLURM_JOB_NODELIST": "both", "SLURM_JOB_ID": 7, "SLURM_JOB_NUM_NODES": 2}
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     words = [REPOSITORY / "scripts/run_slurm.sbatch", 1, config, *command("bert", tiny_corpus, cache, out, 2)]
@@ -304,6 +304,7 @@ def test_the_script_hands_on_what_the_launcher_needs(shell):
     check, launch = shell.run("1", "3", "node0", "4", "multi_node_zero", "run_clm.py", *words, MASTER_PORT="1234")
     script = str(shell.repository / "run_clm.py")
     assert check["argv"] == [script, *words, "--check_arguments"] and check["env"]["WORLD_SIZE"] == "12"
+    assert check["env"]["LOCAL_WORLD_SIZE"] == "4"
     assert launch["argv"][-3:] == [script, *words]
     assert flag(launch, "--config_file") == str(shell.repository / "accelerate_configs" / "multi_node_zero.yaml")
     flags = {"machine_rank": 1, "num_machines": 3, "num_processes": 12, "main_process_ip": "node0"}

@@ -400,6 +400,13 @@ def launched_processes():
     return int(world)
 
 
+def launched_machines():
+    """How many machines those processes are on: as many on each, as torchrun says; one where nothing says it."""
+    world = launched_processes()
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, world // int(here)) if _is_count(here) else 1
+
+
 def restarts():
     """(how often torchrun has started the processes again, how often it may)."""
     return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
